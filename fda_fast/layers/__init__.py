@@ -1,0 +1,1 @@
+"""Layers as four-sweep programs, and the autograd engine."""

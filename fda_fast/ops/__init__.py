@@ -1,0 +1,1 @@
+"""Fused operations: one file per op; checks and backend choice."""

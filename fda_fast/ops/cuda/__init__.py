@@ -1,0 +1,1 @@
+"""CUDA C++: one file per op, over fda_fast._C."""

@@ -1,0 +1,1 @@
+"""C++ on the CPU: one file per op, over fda_fast._C."""

@@ -1,0 +1,1 @@
+"""Torch twins: one file per op, the definition every other backend is held against."""
