@@ -1,0 +1,279 @@
+"""Optimise the anchors of one layer so that their induced gradient points along the task vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fda_fast import layers
+from fda_fast.errors import InputError
+from fda_fast.ops import adamw
+
+StepCallback = Callable[[int, Tensor, Tensor], None]
+"""Called as ``(step, loss [K], cosines [K, P])`` with device tensors; reading one synchronises."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The alignment of one set of anchors with one task vector.
+
+    Attributes:
+        loss: L(X) = sum over parameter tensors of 1 - cos(G_p, tau_p); in [0, 2P], no unit.
+        grad: dL/dX, shape and dtype of the anchors.
+        cosines: cos(G_p, tau_p) by parameter name, in the layer's own order.
+    """
+
+    loss: float
+    grad: Tensor
+    cosines: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Construction:
+    """Anchors found for one layer and one or several experts.
+
+    Attributes:
+        anchors: the X with the lowest loss among those *evaluated*: [n, (T,) d] for one
+            fine-tuned layer, [K, n, (T,) d] for a list of K.
+        loss: its loss: a float, or K floats.
+        history: loss at every step, [steps] or [steps, K], on the CPU.
+        cosines: cos(G_p, tau_p) at the best X by parameter name: a dict, or K of them.
+    """
+
+    anchors: Tensor
+    loss: float | list[float]
+    history: Tensor = field(repr=False)
+    cosines: dict[str, float] | list[dict[str, float]]
+
+
+def alignment(
+    pretrained_layer: nn.Module,
+    finetuned_layer: nn.Module,
+    anchors: Tensor,
+    *,
+    distance: str = "cosine",
+    engine: str = "auto",
+    precision: str = "auto",
+) -> Alignment:
+    """Alignment loss of anchors, its gradient and the cosine of every parameter tensor.
+
+        s(X) = mean over anchors of sim(layer(theta_0, X), layer(theta_i, X))
+        G_p  = ds/dtheta_0,p          L(X) = sum_p (1 - cos(G_p, theta_i,p - theta_0,p))
+
+    Args:
+        pretrained_layer: module with the weights theta_0, callable on ``anchors``.
+        finetuned_layer: the same architecture with the weights theta_i.
+        anchors: [n, d] vectors or [n, T, d] token sequences; float32 (or the layer's float64).
+        distance: "cosine", "l2" or "l1": what compares the two outputs.
+        engine: "auto", "program" (four sweeps) or "autograd" (double backward, any module).
+        precision: "auto", "fp32", "tf32" or "bf16": operands of the program's matrix products.
+
+    Returns:
+        ``Alignment``.
+
+    Raises:
+        InputError: layers that differ in architecture, anchors of the wrong shape, unknown options.
+
+    Cost: one construction step; about 25 products of the size of the layer's own (4 sweeps).
+    Source: FDA, arXiv 2510.21223v1, Eq. 1, summed per tensor and with the sign of the similarity
+    as in the published code.
+    """
+    problem = layers.bind(
+        pretrained_layer,
+        [finetuned_layer],
+        shape=tuple(anchors.shape),
+        distance=distance,
+        engine=engine,
+        precision=precision,
+    )
+    result = problem.evaluate(anchors.detach().unsqueeze(0))
+    return Alignment(
+        loss=result.loss[0].item(),
+        grad=result.grad[0],
+        cosines=dict(zip(problem.parameter_names, result.cosines[0].tolist(), strict=True)),
+    )
+
+
+def construct(
+    pretrained_layer: nn.Module,
+    finetuned_layer: nn.Module | Sequence[nn.Module],
+    anchors: Tensor | Sequence[Tensor],
+    *,
+    steps: int = 1200,
+    lr: float = 1e-2,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    distance: str = "cosine",
+    engine: str = "auto",
+    precision: str = "auto",
+    patience: int | None = None,
+    tolerance: float = 1e-4,
+    progress: bool = True,
+    on_step: StepCallback | None = None,
+) -> Construction:
+    """Optimise anchors with AdamW on the alignment loss; keep the best ones evaluated.
+
+    Args:
+        pretrained_layer: module with the weights theta_0.
+        finetuned_layer: one fine-tuned layer, or K of them, optimised in one batch.
+        anchors: where to start, from ``init_anchors``: [n, (T,) d] for one layer,
+            [K, n, (T,) d] or K tensors for a list. Not modified.
+        steps: AdamW steps. Default: the published 1200.
+        lr: learning rate, published 1e-2, constant.
+        weight_decay: decoupled decay of the anchors; published 0.01 (AdamW's default).
+        betas: AdamW's moments; (0.9, 0.95) often needs fewer steps, and changes the result.
+        eps: AdamW's epsilon.
+        distance: "cosine" (published), "l2" or "l1".
+        engine: "auto", "program" or "autograd".
+        precision: "auto", "fp32", "tf32" or "bf16".
+        patience: stop once no task's best loss improved by ``tolerance`` (relative) over this
+            many steps. None, the default, runs all steps as published.
+        tolerance: see ``patience``.
+        progress: draw a progress bar on stderr (ignored when ``on_step`` is given).
+        on_step: called after every evaluation with device tensors.
+
+    Returns:
+        ``Construction``; of a batch when ``finetuned_layer`` is a list.
+
+    Raises:
+        InputError: shapes or options that cannot be used.
+        RuntimeError: the loss of a task was never finite.
+
+    Cost: ``steps`` evaluations of ``alignment`` for each task; no host synchronisation inside
+    the loop other than by ``patience``, ``progress`` and ``on_step``.
+    Source: FDA, arXiv 2510.21223v1, Eq. 2 and Appendix C.3.
+    """
+    single = isinstance(finetuned_layer, nn.Module)
+    finetuned = [finetuned_layer] if isinstance(finetuned_layer, nn.Module) else [*finetuned_layer]
+    start = _stack(anchors, len(finetuned), single)
+    _check_options(steps, patience)
+    problem = layers.bind(
+        pretrained_layer,
+        finetuned,
+        shape=tuple(start.shape[1:]),
+        distance=distance,
+        engine=engine,
+        precision=precision,
+    )
+    names = problem.parameter_names
+    if on_step is None and progress:
+        from fda_fast.progress import step_bar
+
+        with step_bar(steps, n_terms=len(names)) as bar:
+            state = _optimise(
+                problem, start, steps, lr, weight_decay, betas, eps, patience, tolerance, bar
+            )
+    else:
+        state = _optimise(
+            problem, start, steps, lr, weight_decay, betas, eps, patience, tolerance, on_step
+        )
+    losses = state.best_loss.tolist()
+    for task, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise RuntimeError(
+                f"The alignment loss of task {task} was never finite in {len(state.history)} steps."
+                " Check the layer's weights for NaN or Inf, or start from smaller anchors."
+            )
+    cosines = [dict(zip(names, row, strict=True)) for row in state.best_cosines.tolist()]
+    history = state.history.cpu()
+    if single:
+        return Construction(state.best_anchors[0], losses[0], history[:, 0], cosines[0])
+    return Construction(state.best_anchors, losses, history, cosines)
+
+
+@dataclass
+class _State:
+    best_anchors: Tensor  # [K, n, (T,) d]
+    best_loss: Tensor  # [K]
+    best_cosines: Tensor  # [K, P]
+    history: Tensor  # [steps done, K]
+
+
+def _optimise(
+    problem: layers.Problem,
+    start: Tensor,
+    steps: int,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    patience: int | None,
+    tolerance: float,
+    on_step: StepCallback | None,
+) -> _State:
+    anchors = start.clone(memory_format=torch.contiguous_format)
+    exp_avg, exp_avg_sq = torch.zeros_like(anchors), torch.zeros_like(anchors)
+    best_anchors = anchors.clone()
+    n_tasks, n_terms = len(anchors), len(problem.parameter_names)
+    best_loss = anchors.new_full((n_tasks,), math.inf)
+    best_cosines = anchors.new_zeros((n_tasks, n_terms))
+    history = anchors.new_zeros((steps, n_tasks))
+    done = 0
+    for step in range(1, steps + 1):
+        result = problem.evaluate(anchors)
+        better = (result.loss < best_loss).unsqueeze(1)
+        best_cosines = torch.where(better, result.cosines, best_cosines)
+        history[step - 1] = result.loss
+        adamw.step_(
+            anchors,
+            result.grad,
+            exp_avg,
+            exp_avg_sq,
+            step,
+            result.loss,
+            best_loss,
+            best_anchors,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+        done = step
+        if on_step is not None:
+            on_step(step, result.loss, result.cosines)
+        if patience and step % patience == 0 and _plateau(history[:step], patience, tolerance):
+            break
+    return _State(best_anchors, best_loss, best_cosines, history[:done])
+
+
+def _plateau(history: Tensor, patience: int, tolerance: float) -> bool:
+    """Whether the last ``patience`` steps improved no task by ``tolerance``: one host read."""
+    if len(history) <= patience:
+        return False
+    before = history[:-patience].amin(0)
+    now = history[-patience:].amin(0)
+    return bool((now > before * (1 - tolerance)).all())
+
+
+def _stack(anchors: Tensor | Sequence[Tensor], n_tasks: int, single: bool) -> Tensor:
+    if isinstance(anchors, Tensor):
+        batch = anchors.detach()
+        if single:
+            batch = batch.unsqueeze(0)
+    else:
+        shapes = {tuple(x.shape) for x in anchors}
+        if len(shapes) != 1:
+            raise InputError(
+                "anchors of the tasks", expected="one common shape", got=sorted(shapes)
+            )
+        batch = torch.stack([x.detach() for x in anchors])
+    if batch.dim() not in (3, 4) or len(batch) != n_tasks:
+        raise InputError(
+            "anchors",
+            expected=f"[n, d] or [n, T, d] for each of {n_tasks} fine-tuned layer(s)",
+            got=list(batch.shape) if not single else list(batch.shape[1:]),
+            fix="For a list of K layers pass [K, n, (T,) d] or K tensors.",
+        )
+    return batch
+
+
+def _check_options(steps: int, patience: int | None) -> None:
+    if steps < 1:
+        raise InputError("steps", expected="at least 1", got=steps)
+    if patience is not None and patience < 1:
+        raise InputError("patience", expected="None or at least 1", got=patience)
