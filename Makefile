@@ -1,0 +1,52 @@
+# Two commands: `make demo` runs the main job on real models, `make test` checks everything.
+# Each sets itself up in $(VENV) on a fresh machine.
+
+PYTHON ?= python3
+VENV ?= .venv
+# On machines without a GPU a CPU build of torch serves; any torch >= 2.6 does:
+# make demo TORCH="torch --index-url ..."
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo chemistry test lint unit kernels wheel smoke bench report clean
+
+demo: $(READY)  ## merge four experts of a text encoder by every method, score them, draw the result
+	$(BIN)/python examples/demo.py
+
+chemistry: $(READY)  ## merge a published chemistry BERT with its two published fine-tunes
+	$(BIN)/python examples/chemistry.py
+
+test: lint unit kernels wheel smoke  ## everything that runs without a GPU
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(BIN)/pytest -m "not gpu" --ignore tests/kernels
+
+kernels: $(READY)  ## Triton kernels in the interpreter, in a process of their own
+	TRITON_INTERPRET=1 $(BIN)/pytest -m "not gpu" tests/kernels
+
+wheel: $(READY)  ## build the wheel in isolation, compare its contents with the tree
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python tests/check_wheel.py build/wheel
+
+smoke: $(READY)  ## the main job, small
+	$(BIN)/python examples/demo.py --quick
+
+report: $(READY)  ## regenerate the tables of the README from committed results
+	$(BIN)/python benchmarks/report.py
+
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output
