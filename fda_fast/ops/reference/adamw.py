@@ -1,0 +1,56 @@
+"""AdamW with a snapshot of the best anchors, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def step_(
+    anchors: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int | Tensor,
+    loss: Tensor,
+    best_loss: Tensor,
+    best_anchors: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """See fda_fast.ops.adamw.step_."""
+    better = loss < best_loss
+    per_task = better.reshape(-1, *[1] * (anchors.dim() - 1))
+    torch.where(per_task, anchors, best_anchors, out=best_anchors)
+    torch.where(better, loss, best_loss, out=best_loss)
+    anchors.mul_(1 - lr * weight_decay)
+    adam_(anchors, grad, exp_avg, exp_avg_sq, step, lr, betas, eps)
+
+
+def adam_(
+    values: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int | Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One update of torch.optim.Adam, in place, in torch's own order of operations."""
+    beta1, beta2 = betas
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    if isinstance(step, Tensor):
+        # A step held on the device is never read by the host: a captured graph replays it.
+        count = step.to(torch.float64)
+        scale = lr / (1 - beta1**count)
+        root = (1 - beta2**count).sqrt()
+        denominator = exp_avg_sq.sqrt().div_(root).add_(eps)
+        values.sub_(exp_avg.div(denominator).mul_(scale))
+        return
+    root = (1 - beta2**step) ** 0.5
+    denominator = exp_avg_sq.sqrt().div_(root).add_(eps)
+    values.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
