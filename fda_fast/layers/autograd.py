@@ -1,0 +1,285 @@
+"""The published arithmetic by autograd: any module, any dtype; slow; the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .call import call_keywords, call_layer
+from .evaluation import Evaluation
+
+# cosine_similarity's floor of each norm; part of the published arithmetic.
+EPS = 1e-8
+
+
+def _cosine(y: Tensor, target: Tensor) -> Tensor:
+    """[A, D], [A, D] -> [A]."""
+    return F.cosine_similarity(y, target, dim=1)
+
+
+# Feature similarity s of construction: mean over anchors, as published.
+_SIMILARITY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda y, target: _cosine(y, target).mean(),
+    "l2": lambda y, target: -F.mse_loss(y, target),
+    "l1": lambda y, target: -F.l1_loss(y, target),
+}
+
+# Loss of adaptation: sum over anchors, as published.
+_DISTANCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": lambda y, target: -_cosine(y, target).sum(),
+    "l2": lambda y, target: F.mse_loss(y, target, reduction="sum"),
+    "l1": lambda y, target: F.l1_loss(y, target, reduction="sum"),
+}
+
+
+class AutogradProblem:
+    """Alignment of K tasks of one layer through a differentiable double backward.
+
+        s_k   = similarity(layer(theta_0, X_k), layer(theta_k, X_k)), both branches functions of X
+        L_k   = sum_p (1 - cos(d s_k / d theta_0,p, theta_k,p - theta_0,p))
+
+    The second backward goes to the anchors only; task vectors and their norms are formed once.
+    A term of L is the constant 1 (cosine 0, gradient 0) for tensors whose task vector is zero,
+    whose gradient is identically zero, or which the layer does not use.
+
+    Args:
+        pretrained: the layer at theta_0; never written to, its mode and flags left alone.
+        finetuned: K layers with the same parameter names and shapes.
+        distance: "cosine" (mean over anchors), "l2" or "l1" (mean over elements).
+        zero_gradient: names of tensors whose gradient is zero by mathematics, such as the key
+            bias of softmax attention. Default: those known for layers of this structure.
+
+    Raises:
+        InputError: unknown distance, no fine-tuned layer, names, shapes or dtypes that differ.
+
+    Cost: per task and step about nine matrix products for each one of a forward, plus the graph.
+    Source: FDA, arXiv 2510.21223v1, Eq. 1, in the form of the official construct_fda.py.
+    """
+
+    def __init__(
+        self,
+        pretrained: nn.Module,
+        finetuned: Sequence[nn.Module],
+        *,
+        distance: str = "cosine",
+        zero_gradient: Collection[str] | None = None,
+    ) -> None:
+        if zero_gradient is None:
+            zero_gradient = _known_zero_gradients(pretrained)
+        self._similarity = _choose(_SIMILARITY, distance)
+        self._pretrained = pretrained
+        self._finetuned = list(finetuned)
+        check_same_parameters(pretrained, self._finetuned)
+        self.parameter_names = [name for name, _ in pretrained.named_parameters()]
+        # Leaves of our own share the storage; the caller's requires_grad flags stay as they are.
+        self._parameters = {
+            name: tensor.detach().requires_grad_() for name, tensor in pretrained.named_parameters()
+        }
+        self._tasks = [
+            _Task(self._parameters, layer, frozenset(zero_gradient)) for layer in self._finetuned
+        ]
+        self._keywords: dict[Any, list[dict[str, Any]]] = {}
+
+    def evaluate(self, anchors: Tensor) -> Evaluation:
+        """Loss, gradient and cosines at anchors [K, n, T, d] or [K, n, d] of the layer's dtype."""
+        if anchors.shape[0] != len(self._tasks):
+            raise InputError(
+                "first dimension of anchors",
+                expected=f"{len(self._tasks)} tasks",
+                got=anchors.shape[0],
+            )
+        losses, grads, cosines = [], [], []
+        for k, x in enumerate(anchors.detach()):
+            loss, grad, cosine = self._evaluate_one(k, x)
+            losses.append(loss)
+            grads.append(grad)
+            cosines.append(cosine)
+        return Evaluation(torch.stack(losses), torch.stack(grads), torch.stack(cosines))
+
+    def _evaluate_one(self, k: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        task = self._tasks[k]
+        x = x.clone().requires_grad_()
+        cosines = x.new_zeros(len(self.parameter_names))
+        loss = x.new_tensor(float(len(self.parameter_names)))
+        if not task.names:
+            return loss, torch.zeros_like(x), cosines
+        with torch.enable_grad():
+            similarity = self._layer_similarity(k, x)
+            gradients = torch.autograd.grad(
+                similarity,
+                [self._parameters[name] for name in task.names],
+                create_graph=True,
+                allow_unused=True,
+            )
+            terms = {
+                name: _gradient_cosine(gradient, direction)
+                for name, gradient, direction in zip(
+                    task.names, gradients, task.directions, strict=True
+                )
+                if gradient is not None
+            }
+            aligned = sum(1 - cosine for cosine in terms.values())
+        if not isinstance(aligned, Tensor) or not aligned.requires_grad:
+            grad = torch.zeros_like(x)  # the gradients of s do not depend on the anchors
+        else:
+            (grad,) = torch.autograd.grad(aligned, x, allow_unused=True)
+            grad = torch.zeros_like(x) if grad is None else grad
+        for index, name in enumerate(self.parameter_names):
+            if name in terms:
+                cosines[index] = terms[name].detach()
+        constants = len(self.parameter_names) - len(terms)
+        aligned = aligned.detach() if isinstance(aligned, Tensor) else x.new_tensor(0.0)
+        return aligned + constants, grad, cosines
+
+    def _layer_similarity(self, k: int, x: Tensor) -> Tensor:
+        key = (tuple(x.shape), x.dtype, x.device)
+        if key not in self._keywords:
+            layers = [self._pretrained, *self._finetuned]
+            self._keywords[key] = [call_keywords(layer, x.detach()) for layer in layers]
+        keywords = self._keywords[key]
+        y = call_layer(self._pretrained, x, self._parameters, keywords[0])
+        y_f = call_layer(self._finetuned[k], x, self._tasks[k].parameters, keywords[k + 1])
+        return self._similarity(y.flatten(1), y_f.flatten(1))
+
+
+class _Task:
+    """Constants of one task: frozen fine-tuned parameters and unit task vectors."""
+
+    def __init__(
+        self, pretrained: dict[str, Tensor], layer: nn.Module, zero_gradient: frozenset[str]
+    ) -> None:
+        self.parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        self.names: list[str] = []
+        self.directions: list[Tensor] = []
+        for name, finetuned in self.parameters.items():
+            task_vector = finetuned - pretrained[name].detach()
+            if name in zero_gradient or not bool(task_vector.any()):
+                continue
+            norm = torch.linalg.vector_norm(task_vector)
+            self.names.append(name)
+            self.directions.append(task_vector / norm.clamp_min(EPS))
+
+
+class AutogradAdaptation:
+    """First-order problem of adaptation: fit one layer to K fine-tuned ones on their anchors.
+
+        loss = sum over the chosen anchors of Dist(layer(theta_0 + delta, x), layer(theta_k, x))
+
+    with Dist = minus cosine, squared error or absolute error, summed as published. Targets are
+    computed once, in eval mode.
+
+    Args:
+        pretrained: the layer at theta_0.
+        tasks: (anchors [n_k, (T,) d], fine-tuned layer) per task; n_k may differ.
+        distance: "cosine", "l2" or "l1".
+
+    Attributes:
+        parameter_names: in the order of ``named_parameters()``.
+        deltas: name -> theta - theta_0, float32 (float64 for a float64 layer); zeros at first.
+            The optimiser writes into them in place.
+        gradients: name -> d loss / d theta at the last evaluation; the same tensors every time.
+        size: total number of anchors; indices run over the tasks in order.
+    """
+
+    def __init__(
+        self,
+        pretrained: nn.Module,
+        tasks: Sequence[tuple[Tensor, nn.Module]],
+        *,
+        distance: str = "cosine",
+    ) -> None:
+        self._distance = _choose(_DISTANCE, distance)
+        check_same_parameters(pretrained, [layer for _, layer in tasks])
+        check_same_anchor_shapes([anchors for anchors, _ in tasks])
+        self._layer = pretrained
+        self._base = {name: p.detach() for name, p in pretrained.named_parameters()}
+        self.parameter_names = list(self._base)
+        self.deltas = {name: torch.zeros_like(p) for name, p in self._base.items()}
+        self.gradients = {name: torch.zeros_like(p) for name, p in self._base.items()}
+        self._anchors = torch.cat([anchors.detach() for anchors, _ in tasks])
+        with torch.no_grad():
+            self._targets = torch.cat([call_layer(layer, anchors) for anchors, layer in tasks])
+        self.size = self._anchors.shape[0]
+
+    def refresh(self) -> None:
+        """Nothing here depends on the deltas between evaluations."""
+
+    def evaluate(self, index: Tensor) -> Tensor:
+        """Loss (scalar, no host sync) of the anchors ``index`` [B]; fills ``gradients``."""
+        with torch.enable_grad():
+            parameters = {
+                name: (base + self.deltas[name]).requires_grad_()
+                for name, base in self._base.items()
+            }
+            y = call_layer(self._layer, self._anchors[index], parameters)
+            loss = self._distance(y.flatten(1), self._targets[index].flatten(1))
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(self.parameter_names, gradients, strict=True):
+            if gradient is None:
+                self.gradients[name].zero_()
+            else:
+                self.gradients[name].copy_(gradient)
+        return loss.detach()
+
+
+def check_same_parameters(pretrained: nn.Module, finetuned: Sequence[nn.Module]) -> None:
+    """Refuse fine-tuned layers whose parameters are not the pretrained layer's.
+
+    Raises:
+        InputError: none given, or a name, shape or dtype differs; says which.
+    """
+    if not finetuned:
+        raise InputError("fine-tuned layers", expected="at least one", got="none")
+    base = dict(pretrained.named_parameters())
+    for k, layer in enumerate(finetuned):
+        theirs = dict(layer.named_parameters())
+        if theirs.keys() != base.keys():
+            different = sorted(theirs.keys() ^ base.keys())
+            raise InputError(
+                f"parameters of fine-tuned layer {k}",
+                expected="the pretrained layer's names",
+                got=f"a difference in {', '.join(different[:4])}",
+            )
+        for name, tensor in theirs.items():
+            if tensor.shape != base[name].shape or tensor.dtype != base[name].dtype:
+                raise InputError(
+                    f"parameter {name} of fine-tuned layer {k}",
+                    expected=f"{tuple(base[name].shape)} {base[name].dtype}",
+                    got=f"{tuple(tensor.shape)} {tensor.dtype}",
+                )
+
+
+def check_same_anchor_shapes(anchors: Sequence[Tensor]) -> None:
+    """Refuse tasks whose anchors [n_k, (T,) d] differ in T or d."""
+    for k, x in enumerate(anchors):
+        if x.shape[1:] != anchors[0].shape[1:]:
+            raise InputError(
+                f"anchors of task {k}",
+                expected=f"[n, {', '.join(str(size) for size in anchors[0].shape[1:])}]",
+                got=list(x.shape),
+            )
+
+
+def _gradient_cosine(gradient: Tensor, direction: Tensor) -> Tensor:
+    """cos(G, tau) as F.cosine_similarity has it, for tau already divided by its norm.
+
+    Its floor of 1e-8 under |G| applies to the value only: the derivative is that of |G|.
+    """
+    norm = torch.linalg.vector_norm(gradient)
+    floored = norm + (norm.detach().clamp_min(EPS) - norm.detach())
+    return (gradient / floored * direction).sum()
+
+
+def _choose(table: dict[str, Any], distance: str) -> Any:
+    if distance not in table:
+        raise InputError("distance", expected=" | ".join(table), got=repr(distance))
+    return table[distance]
+
+
+def _known_zero_gradients(layer: nn.Module) -> Collection[str]:
+    return ()
