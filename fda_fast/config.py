@@ -1,0 +1,397 @@
+"""The merge configuration: YAML that a mergekit user reads at sight, checked before any work."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from fda_fast.errors import InputError
+
+Start = Literal["pretrained", "task_arithmetic", "tsv", "wudi"]
+Distance = Literal["cosine", "l2", "l1"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+MAX_YAML_BYTES = 4 << 20
+"""Far above any real configuration; a larger file is not one."""
+
+REFUSED = {
+    "slices": "slices assemble a model from layer ranges; FDA merges whole models: use 'models'",
+    "modules": "modules describe multi-part models; FDA merges one model: use 'models'",
+    "chat_template": "the chat template comes from the base model",
+    "normalize": "FDA does not average task vectors, so there are no weights to normalise",
+    "density": "FDA keeps task vectors whole (density belongs to TIES and DARE)",
+    "epsilon": "FDA keeps task vectors whole (epsilon belongs to DELLA)",
+    "gamma": "FDA keeps task vectors whole (gamma belongs to Model Breadcrumbs)",
+    "rescale": "FDA does not drop parameters, so nothing is rescaled",
+    "t": "t interpolates two models in SLERP",
+}
+"""mergekit's keys that have no meaning here, and why."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The entry of ``known`` that ``word`` is a likely misspelling of, or None."""
+    spelled = {name.replace("-", "_").lower(): name for name in known}
+    found = difflib.get_close_matches(word.replace("-", "_").lower(), spelled, 1, 0.55)
+    return spelled[found[0]] if found else None
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """A sentence for ``InputError.fix``: the likely spelling, or all known ones."""
+    names = list(known)
+    found = nearest(word, names)
+    return f"Did you mean {found!r}?" if found else f"Known: {', '.join(names)}."
+
+
+def _no_bool(value: object) -> object:
+    """YAML's ``yes`` and ``on`` are booleans, and Python's True is the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("a boolean where a number belongs")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        # Two mergekit keys that change nothing here: its default, and a way to save memory.
+        if data.get("normalize") is False:
+            data.pop("normalize")
+        data.pop("int8_mask", None)
+        return data
+
+
+class ModelParameters(_Strict):
+    """Parameters of one expert."""
+
+    weight: Finite | None = None
+
+
+class ModelEntry(_Strict):
+    """One expert: a checkpoint folder, or a PEFT adapter as ``base+adapter``.
+
+    Attributes:
+        model: path of the checkpoint, of a PEFT adapter, or ``path+adapter``.
+        name: what the expert is called in reports and anchors files; default: its folder.
+        parameters: its own parameters.
+    """
+
+    model: str
+    name: str | None = None
+    parameters: ModelParameters = ModelParameters()
+
+
+class Parameters(_Strict):
+    """What a merge can be told; None means the preset decides (see ``presets``).
+
+    Attributes:
+        preset: published settings by model: see ``presets.PRESETS``; default: by the base model.
+        start: where adaptation begins.
+        weight: of every expert in Task Arithmetic, unless it has its own; default 1.
+        scaling: factor of the merged task vector (mergekit's ``lambda``).
+        init: anchors from rows of the expert's weights, or Gaussian.
+        anchors: number n of anchors per task and layer.
+        tokens: tokens T per anchor (whole blocks only).
+        scale: standard deviation of Gaussian anchors.
+        steps: construction steps.
+        lr: construction's learning rate.
+        weight_decay: construction's weight decay.
+        distance: what compares layer outputs in construction.
+        epochs: adaptation's passes over all anchors.
+        adapt_lr: adaptation's learning rate.
+        batch_size: anchors per adaptation step.
+        adapt_distance: what compares layer outputs in adaptation.
+        engine: "auto", "program" or "autograd".
+        precision: "auto", "fp32", "tf32" or "bf16".
+        scope: whole blocks, their MLPs, or by architecture ("auto").
+        seed: of the anchors' initialisation and of the shuffling.
+        outside: where tensors outside the adapted layers come from.
+    """
+
+    preset: str | None = None
+    start: Start | None = None
+    weight: Finite | None = None
+    scaling: Finite | None = Field(None, validation_alias=AliasChoices("scaling", "lambda"))
+    init: Literal["weights", "gaussian"] | None = None
+    anchors: Count | None = None
+    tokens: Count | None = None
+    scale: Positive | None = None
+    steps: Count | None = None
+    lr: Positive | None = None
+    weight_decay: NotNegative | None = None
+    distance: Distance | None = None
+    epochs: Count | None = None
+    adapt_lr: Positive | None = None
+    batch_size: Count | None = None
+    adapt_distance: Distance | None = None
+    engine: Literal["auto", "program", "autograd"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    scope: Literal["auto", "block", "mlp"] = "auto"
+    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)] = 0
+    outside: Literal["pretrained", "start"] | None = None
+
+
+class TokenizerSource(_Strict):
+    """mergekit's newer spelling of ``tokenizer_source``."""
+
+    source: Literal["base"] = "base"
+
+
+class MergeConfig(_Strict):
+    """A whole merge; the fields of mergekit's YAML that mean something here.
+
+    Attributes:
+        merge_method: "fda", or a starting point alone: "task_arithmetic", "tsv", "wudi".
+        base_model: path of the pretrained checkpoint.
+        models: the experts, at least one.
+        parameters: settings.
+        dtype: as ``out_dtype``; computations are in float32 whatever it says.
+        out_dtype: dtype of the written floating-point tensors; default: the base's own.
+        tokenizer_source: only "base".
+    """
+
+    merge_method: Literal["fda", "task_arithmetic", "tsv", "wudi"]
+    base_model: str
+    models: Annotated[list[ModelEntry], Field(min_length=1)]
+    parameters: Parameters = Parameters()
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    tokenizer_source: Literal["base"] | None = None
+    tokenizer: TokenizerSource | None = None
+
+    @field_validator("models", mode="after")
+    @classmethod
+    def _names_differ(cls, models: list[ModelEntry]) -> list[ModelEntry]:
+        names = [entry.name for entry in models if entry.name is not None]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two models are named {name!r}")
+        return models
+
+    @model_validator(mode="after")
+    def _method_and_start_agree(self) -> MergeConfig:
+        start = self.parameters.start
+        if self.merge_method != "fda" and start not in (None, self.merge_method):
+            raise ValueError(
+                f"merge_method is {self.merge_method!r} and start {start!r}: choose one"
+            )
+        weighted = self.parameters.weight is not None or any(
+            entry.parameters.weight is not None for entry in self.models
+        )
+        if weighted and "task_arithmetic" not in (self.merge_method, start):
+            raise ValueError(
+                "weight needs merge_method or start task_arithmetic; TSV-M and WUDI weigh "
+                "the task vectors themselves, and a pretrained start uses none"
+            )
+        return self
+
+    @property
+    def written_dtype(self) -> str | None:
+        """Name of the dtype of the output, None for the base's own."""
+        return self.out_dtype or self.dtype
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> MergeConfig:
+    """Read and check a YAML configuration; its relative paths start at the file's folder.
+
+    Args:
+        path: the YAML file.
+        overrides: values for ``parameters`` that replace the file's, from the command line.
+
+    Raises:
+        InputError: unreadable file, YAML syntax, unknown or refused key, value of the wrong
+            kind; with the file, the line and the nearest known spelling.
+    """
+    path = Path(path)
+    data, lines = _read_yaml(path)
+    if overrides:
+        parameters = data.get("parameters")
+        data["parameters"] = {**(parameters or {}), **overrides}
+    return parse(data, folder=path.parent, where=str(path), lines=lines)
+
+
+def parse(
+    data: Mapping[str, Any],
+    *,
+    folder: Path | None = None,
+    where: str = "configuration",
+    lines: Mapping[tuple[str | int, ...], int] | None = None,
+) -> MergeConfig:
+    """Check a configuration given as nested dicts and lists.
+
+    Args:
+        data: the content of a YAML configuration.
+        folder: where its relative paths start; None leaves them as they are.
+        where: how errors name the source.
+        lines: line of every key, for errors.
+
+    Raises:
+        InputError: as ``load``.
+    """
+    try:
+        config = MergeConfig.model_validate(data)
+    except ValidationError as error:
+        raise _as_input_error(error, where, lines or {}) from None
+    # mergekit lets the base stand among the models, without parameters.
+    models = [entry for entry in config.models if entry.model != config.base_model]
+    if not models:
+        raise InputError(
+            f"{where}: models", expected="at least one expert", got="only the base model"
+        )
+    base = config.base_model
+    if folder is not None:
+        base = _absolute(base, folder)
+        models = [
+            entry.model_copy(update={"model": _absolute(entry.model, folder)}) for entry in models
+        ]
+    return config.model_copy(update={"base_model": base, "models": models})
+
+
+def _absolute(reference: str, folder: Path) -> str:
+    """``path+adapter`` with both parts seen from ``folder``."""
+    whole = folder / Path(reference).expanduser()
+    if whole.exists() or "+" not in reference:
+        return str(whole)
+    return "+".join(str(folder / Path(part).expanduser()) for part in reference.split("+", 1))
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise InputError(str(path), expected="a YAML configuration", got="a huge file")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", fix="Give the YAML configuration.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines: dict[tuple[str | int, ...], int] = {}
+        if node is not None:
+            _note_lines(node, (), lines, str(path))
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise InputError(f"{path}{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply") from None
+    if not isinstance(data, dict):
+        raise InputError(
+            str(path),
+            expected="keys such as merge_method, base_model, models",
+            got=_SHORT.repr(data),
+        )
+    return data, lines
+
+
+def _note_lines(
+    node: yaml.Node,
+    at: tuple[str | int, ...],
+    lines: dict[tuple[str | int, ...], int],
+    where: str,
+) -> None:
+    """Line of every key; a key given twice is an error (YAML would silently take the last)."""
+    if len(at) > 8 or len(lines) > 10_000:
+        return  # anchors and aliases can make the tree exponentially larger than the file
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, str(key.value))
+            line = key.start_mark.line + 1
+            if here in lines:
+                raise InputError(f"{where}, line {line}: {key.value} is given twice")
+            lines[here] = line
+            _note_lines(value, here, lines, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*at, index)] = value.start_mark.line + 1
+            _note_lines(value, (*at, index), lines, where)
+
+
+def _as_input_error(
+    error: ValidationError, where: str, lines: Mapping[tuple[str | int, ...], int]
+) -> InputError:
+    problems = error.errors(include_url=False)
+    # An unknown key explains a missing one ('base-model'), so it goes first.
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    at = tuple(first["loc"])
+    line = lines.get(at) or lines.get(at[:-1])
+    place = f"{where}, line {line}" if line else where
+    key = ".".join(map(str, at)) or "the file"
+    rest = f" ({len(problems) - 1} more problem(s) behind it.)" if len(problems) > 1 else ""
+    kind, value = first["type"], first.get("input")
+    if kind == "extra_forbidden":
+        name = str(at[-1])
+        if name in REFUSED:
+            return InputError(f"{place}: {key} cannot be used: {REFUSED[name]}", fix=rest.strip())
+        fix = suggestion(name, _keys_beside(at)) + rest
+        return InputError(f"{place}: {key}: unknown key", fix=fix)
+    if kind == "missing":
+        return InputError(f"{place}: {key} is missing", fix=rest.strip())
+    if kind == "literal_error":
+        known = _literals(first)
+        fix = suggestion(str(value), known) if isinstance(value, str) else None
+        return InputError(
+            f"{place}: {key}", expected=" or ".join(known), got=_SHORT.repr(value), fix=fix
+        )
+    if kind == "value_error":
+        reason = first["msg"].removeprefix("Value error, ")
+        return InputError(
+            f"{place}: {key}: {reason}" if at else f"{place}: {reason}", fix=rest.strip()
+        )
+    if isinstance(value, list) and at and at[0] == "parameters":
+        return InputError(
+            f"{place}: {key}",
+            expected="one value for the whole model",
+            got=_SHORT.repr(value),
+            fix="Gradients over layers and filters by tensor have no meaning in FDA.",
+        )
+    reason = first["msg"].removeprefix("Input should be ")
+    return InputError(f"{place}: {key}", expected=reason, got=_SHORT.repr(value), fix=rest.strip())
+
+
+def _literals(problem: Any) -> list[str]:
+    text = str(problem["ctx"]["expected"]).replace(" or ", ", ")
+    return [part.strip().strip("'") for part in text.split(",")]
+
+
+def _keys_beside(at: tuple[str | int, ...]) -> list[str]:
+    """The keys that were allowed where the unknown one stood."""
+    model: type[BaseModel] = MergeConfig
+    if at[0] == "parameters" and len(at) > 1:
+        model = Parameters
+    elif at[0] == "tokenizer" and len(at) > 1:
+        model = TokenizerSource
+    elif at[0] == "models" and len(at) > 2:
+        model = ModelParameters if at[2] == "parameters" and len(at) > 3 else ModelEntry
+    return list(model.model_fields)
