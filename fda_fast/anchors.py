@@ -226,7 +226,9 @@ class Anchors:
             raise InputError(f"{name} is unreadable", got=str(error)) from error
         version = metadata.get("format_version")
         if version != FORMAT_VERSION:
-            raise InputError(f"{name}: format version", expected=FORMAT_VERSION, got=version)
+            raise InputError(
+                f"{name}: format version", expected=FORMAT_VERSION, got=version or "none"
+            )
         missing = [key for key in _KEYS if key not in metadata]
         if missing or tensor is None:
             raise InputError(f"{name} lacks", got=missing or f"tensor {_TENSOR!r}")
@@ -255,8 +257,7 @@ def _write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         # Not tempfile: its files are private to the user whatever the umask says.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()

@@ -231,7 +231,7 @@ def test_unusable_files_are_named(tmp_path):
     with pytest.raises(InputError, match="format version: expected 1, got 2"):
         Anchors.load(other)
     save_file({"anchors": torch.ones(2, 3)}, other)
-    with pytest.raises(InputError, match="format version: expected 1, got None"):
+    with pytest.raises(InputError, match="format version: expected 1, got none"):
         Anchors.load(other)
     save_file({"anchors": torch.ones(2, 3)}, other, {"format_version": "1", "layer": "x"})
     with pytest.raises(InputError, match="lacks"):
