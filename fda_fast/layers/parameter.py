@@ -1,0 +1,177 @@
+"""The parameters of a program: pretrained values, task vectors, and where they come from.
+
+``Parameter`` is one tensor of ``module.named_parameters()``: the unit of the alignment loss (one
+cosine each). ``Materials`` hands them to whoever builds the program, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fda_fast.errors import InputError
+from fda_fast.layers.precision import Precision
+
+
+class Parameter:
+    """One parameter tensor of a layer: its pretrained value and K differences to it.
+
+    Args:
+        name: as in ``named_parameters()``.
+        pretrained: the pretrained tensor, any float dtype, laid out as in the module.
+        finetuned: the K fine-tuned tensors; or None for an adaptation, whose single difference
+            starts at zero, lives in ``master`` and is written by an optimiser.
+        transposed: the node uses the transpose of the module's tensor (GPT-2's Conv1D stores
+            [in, out]; a ``Linear`` node wants [out, in]). ``shape``, ``value``, ``delta`` and
+            ``grad`` are in the node's layout.
+        offset: added to the value (Gemma's RMSNorm multiplies by 1 + weight). Differences and
+            gradients are unaffected.
+        zero_gradient: G is identically zero by structure (the key bias of softmax attention without
+            rotary embedding). Such a tensor contributes the constant 1 to L and is left out of M.
+        dtype: of everything handed to nodes; float32 or float64.
+        device: where the program runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: Tensor,
+        finetuned: Sequence[Tensor] | None,
+        *,
+        transposed: bool = False,
+        offset: float = 0.0,
+        zero_gradient: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for k, tensor in enumerate(finetuned or ()):
+            if tensor.shape != pretrained.shape:
+                raise InputError(
+                    f"parameter {name} of fine-tuned layer {k}",
+                    expected=f"shape {tuple(pretrained.shape)} as in the pretrained layer",
+                    got=tuple(tensor.shape),
+                )
+        self.name = name
+        self.transposed = transposed
+        self.offset = offset
+        self.zero_gradient = zero_gradient
+        self.dtype = dtype
+        self.device = torch.device(device) if device is not None else pretrained.device
+        self._pretrained = pretrained.detach()
+        self._finetuned = None if finetuned is None else [f.detach() for f in finetuned]
+        self.shape = torch.Size(reversed(pretrained.shape)) if transposed else pretrained.shape
+        self.tasks = 1 if finetuned is None else len(finetuned)
+        self.master: Tensor | None = None
+        if finetuned is None:
+            self.master = torch.zeros((1, *self.shape), dtype=dtype, device=self.device)
+        self._square: Tensor | None = None
+        self.grad: Tensor | None = None  # [*shape], left by ``Node.adjoint``
+
+    def _laid_out(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.device)
+        return tensor.t() if self.transposed else tensor
+
+    def to_module(self, tensor: Tensor) -> Tensor:
+        """A tensor [*shape] in the node's layout, viewed in the module's layout."""
+        return tensor.t() if self.transposed else tensor
+
+    def value(self) -> Tensor:
+        """The pretrained value [*shape], contiguous; the module's own storage where possible."""
+        value = self._laid_out(self._pretrained).to(self.dtype).contiguous()
+        return value + self.offset if self.offset else value
+
+    def delta(self) -> Tensor:
+        """The K differences [K, *shape]; the live ``master`` in an adaptation.
+
+        Formed in float32, or in float64 where either tensor is, before anything is rounded.
+        """
+        if self._finetuned is None:
+            assert self.master is not None
+            return self.master
+        base = self._laid_out(self._pretrained)
+        out = torch.empty((self.tasks, *self.shape), dtype=self.dtype, device=self.device)
+        for k, finetuned in enumerate(self._finetuned):
+            tuned = self._laid_out(finetuned)
+            wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
+            out[k] = tuned.to(wide) - base.to(wide)
+        return out
+
+    def tuned(self) -> Tensor:
+        """The K fine-tuned values [K, *shape]; the module's own storage where possible."""
+        if self._finetuned is None:
+            return self.value().unsqueeze(0) + self.delta()
+        values = [self._laid_out(f).to(self.dtype).contiguous() for f in self._finetuned]
+        stacked = values[0].unsqueeze(0) if self.tasks == 1 else torch.stack(values)
+        return stacked + self.offset if self.offset else stacked
+
+    def square(self) -> Tensor:
+        """|T|^2 of each task, [K], summed in float64 and given in the program's dtype."""
+        if self._square is None:
+            flat = self.delta().flatten(1)
+            norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
+            self._square = norms.square().to(self.dtype)
+        return self._square
+
+
+class Materials:
+    """What a recipe builds a program from: both sides' tensors by name, tokens, precision.
+
+    Args:
+        pretrained: the pretrained layer.
+        finetuned: the K fine-tuned layers; None builds a program for adaptation.
+        tokens: T, tokens per anchor (1 for anchors that are vectors).
+        precision: how matrix products are computed.
+        dtype: of the program's values; float32 or float64.
+        device: where the program runs; that of the pretrained layer by default.
+    """
+
+    def __init__(
+        self,
+        pretrained: nn.Module,
+        finetuned: Sequence[nn.Module] | None,
+        *,
+        tokens: int,
+        precision: Precision,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.tokens = tokens
+        self.precision = precision
+        self.dtype = dtype
+        self.names = [name for name, _ in pretrained.named_parameters()]
+        self._pretrained = dict(pretrained.named_parameters())
+        self._finetuned = None
+        if finetuned is not None:
+            self._finetuned = [dict(layer.named_parameters()) for layer in finetuned]
+            for k, tensors in enumerate(self._finetuned):
+                if tensors.keys() != self._pretrained.keys():
+                    raise InputError(
+                        f"parameters of fine-tuned layer {k}",
+                        expected="the names of the pretrained layer",
+                        got=sorted(tensors.keys() ^ self._pretrained.keys()),
+                    )
+        first = next(iter(self._pretrained.values()))
+        self.device = torch.device(device) if device is not None else first.device
+
+    def parameter(
+        self,
+        name: str,
+        *,
+        transposed: bool = False,
+        offset: float = 0.0,
+        zero_gradient: bool = False,
+    ) -> Parameter:
+        """The parameter of that name in ``named_parameters()``; arguments as in ``Parameter``."""
+        tuned = None if self._finetuned is None else [f[name] for f in self._finetuned]
+        return Parameter(
+            name,
+            self._pretrained[name],
+            tuned,
+            transposed=transposed,
+            offset=offset,
+            zero_gradient=zero_gradient,
+            dtype=self.dtype,
+            device=self.device,
+        )

@@ -1,0 +1,112 @@
+"""How matrix products are computed: "fp32", "tf32" or "bf16".
+
+A product always accumulates in float32 (float64 in a float64 program); the precision says what its
+operands are rounded to. On CUDA, "tf32" and "bf16" are the tensor cores' types. On the CPU the same
+operands are rounded to 10 or 7 bits of mantissa and multiplied in float32, so that the arithmetic
+of a GPU can be held to the fidelity gate on any machine.
+
+An *operand* is a tensor in the form products take it: round once with ``operand``, use it in every
+product it enters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fda_fast.errors import InputError
+
+NAMES = ("fp32", "tf32", "bf16")
+
+
+def resolve(name: str, device: torch.device | str) -> str:
+    """The precision that ``name`` means on ``device``.
+
+    "auto" is bf16 on a CUDA device from Ampere on, and fp32 elsewhere.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if name in NAMES:
+        return name
+    if name != "auto":
+        raise InputError("precision", expected=f"one of {(*NAMES, 'auto')}", got=repr(name))
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
+    return "fp32"
+
+
+def round_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to 10 bits of mantissa, to nearest even; a new tensor of the same shape."""
+    bits = x.contiguous().view(torch.int32)
+    odd = (bits >> 13) & 1
+    return ((bits + (odd + 0x0FFF)) & ~0x1FFF).view(torch.float32)
+
+
+def round_bf16(x: Tensor) -> Tensor:
+    """float32 rounded to bfloat16's 7 bits of mantissa, kept as float32; a new tensor."""
+    return x.bfloat16().float()
+
+
+class Precision:
+    """Operand rounding and the matrix products of a program.
+
+    Args:
+        name: "fp32", "tf32", "bf16", or "auto" (bf16 on CUDA from Ampere on, fp32 elsewhere).
+        device: where the program runs.
+    """
+
+    def __init__(self, name: str = "fp32", device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.name = resolve(name, self.device)
+        self._cuda = self.device.type == "cuda"
+
+    def operand(self, x: Tensor) -> Tensor:
+        """``x`` as products take it: itself in fp32; float64 is never rounded."""
+        if self.name == "fp32" or x.dtype == torch.float64:
+            return x
+        if self._cuda:
+            return x.to(torch.bfloat16) if self.name == "bf16" else x
+        return round_bf16(x) if self.name == "bf16" else round_tf32(x)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Within it, CUDA float32 products run as this precision says (tensor cores or not)."""
+        if not self._cuda:
+            yield
+            return
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.name == "tf32"
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """a @ b of operands [.., m, k] and [.., k, n], in float32 (or float64).
+
+        a and b both 2-D or both 3-D; ``out`` receives the result if given.
+        """
+        wide = {"out_dtype": torch.float32} if a.dtype == torch.bfloat16 else {}
+        if a.dim() == 2:
+            return torch.mm(a, b, **wide) if out is None else torch.mm(a, b, **wide, out=out)
+        if a.shape[0] == 1:
+            if out is None:
+                return self.matmul(a[0], b[0]).unsqueeze(0)
+            self.matmul(a[0], b[0], out[0])
+            return out
+        return torch.bmm(a, b, **wide) if out is None else torch.bmm(a, b, **wide, out=out)
+
+    def accumulate(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """out += a @ b of operands, in place; shapes as in ``matmul``."""
+        wide = {"out_dtype": torch.float32} if a.dtype == torch.bfloat16 else {}
+        if a.dim() == 2:
+            return torch.addmm(out, a, b, **wide, out=out)
+        if a.shape[0] == 1:
+            self.accumulate(out[0], a[0], b[0])
+            return out
+        return torch.baddbmm(out, a, b, **wide, out=out)
