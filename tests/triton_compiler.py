@@ -1,0 +1,171 @@
+"""Run launchers with a compiler in place of a card: what each kernel would need on one.
+
+Not a test file: test_compile_triton.py runs it in a process of its own,
+
+    python tests/triton_compiler.py ARCH [STEM ...]
+
+because the interpreter must be off (TRITON_INTERPRET unset) when the kernels are imported, and the
+main test process may have it on. Tensors are on the meta device, so shapes are the real ones and
+no memory is used. The launchers themselves run: what is compiled is what would be launched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# Largest shared memory of one block, bytes (CUDA programming guide, table of compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+class _Compiler:
+    """The part of a Triton driver that compiling touches."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compile_launches(arch: int, cases) -> list[dict]:
+    """Call every case; compile whatever it launches for ``arch``; one resource report per kernel.
+
+    Args:
+        arch: 80, 90 or 100.
+        cases: pairs (label, function without arguments that calls launchers on meta tensors).
+
+    Returns:
+        Dictionaries of case, kernel, options, registers, stack (bytes; spills live there), shared.
+    """
+    from fda_fast.kernels import launch
+
+    driver.set_active(_Compiler(arch))
+    launch.architecture = lambda tensor: arch
+    compiled: dict[tuple[str, str], tuple] = {}
+    label = ""
+    original = JITFunction.run
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.setdefault((kernel.metadata.name, kernel.hash), (label, kernel))
+        return kernel
+
+    JITFunction.run = run
+    try:
+        for label, call in cases:  # noqa: B007 (read by run)
+            call()
+    finally:
+        JITFunction.run = original
+    return [_report(case, name, kernel) for (name, _), (case, kernel) in compiled.items()]
+
+
+def _report(case: str, name: str, kernel) -> dict:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "case": case,
+        "kernel": name,
+        "num_warps": kernel.metadata.num_warps,
+        "num_stages": kernel.metadata.num_stages,
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "tensor_cores": "mma" in kernel.asm["ptx"],
+    }
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _activation(dtype):
+    from fda_fast.kernels import activation
+
+    x = _meta(8, 3200, 3072, dtype=dtype)
+    for kind in ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu"):
+        activation.forward(kind, x, x)
+        activation.backward(kind, x, x)
+        activation.reverse(kind, x, x, x, x, x, x, True)
+    activation.forward("gelu", x, None)
+    activation.adjoint("gelu", x, x, x)
+    activation.reverse("gelu", x, None, x, None, x, x, False)
+
+
+def _gated(dtype):
+    from fda_fast.kernels import gated
+
+    x, y = _meta(1, 8192, 2 * 13824, dtype=dtype), _meta(1, 8192, 13824, dtype=dtype)
+    for kind in ("silu", "gelu_tanh", "gelu"):
+        gated.forward(kind, x, x)
+        gated.backward(kind, x, y)
+        gated.tangent(kind, x, x)
+        gated.reverse(kind, x, x, y, x, y, y, True)
+    gated.adjoint("silu", x, x, y)
+
+
+def _adamw(dtype):
+    from fda_fast.kernels import adamw
+
+    x, loss = _meta(8, 320, 768), _meta(8)
+    step = _meta(1, dtype=torch.int64)
+    for number, history in ((3, None), (step, _meta(1200, 8))):
+        adamw.step_(x, x, x, x, number, loss, loss, x, 1e-2, (0.9, 0.999), 1e-8, 1e-2, history)
+
+
+def _coefficients(dtype):
+    from fda_fast.kernels import coefficients
+
+    alpha, delta = _meta(8, 768, 768), _meta(768, 768)
+    for step in (3, _meta(1, dtype=torch.int64)):
+        coefficients.update_(
+            alpha, alpha, delta, alpha, alpha, delta, step, 1e-3, (0.9, 0.999), 1e-8
+        )
+
+
+CASES = {
+    "activation": _activation,
+    "gated": _gated,
+    "adamw": _adamw,
+    "coefficients": _coefficients,
+}
+# Optimiser state is always float32.
+FLOAT32_ONLY = {"adamw", "coefficients"}
+
+
+def main(arguments: list[str]) -> None:
+    """Print the reports of the named stems (all by default) for one architecture as JSON."""
+    arch, stems = int(arguments[0]), arguments[1:] or [*CASES]
+    cases = []
+    for stem in stems:
+        for dtype in (torch.float32, torch.bfloat16):
+            if dtype == torch.float32 or stem not in FLOAT32_ONLY:
+                name = str(dtype).removeprefix("torch.")
+                cases.append((f"{stem} {name}", lambda s=stem, d=dtype: CASES[s](d)))
+    print(json.dumps(compile_launches(arch, cases)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
