@@ -105,7 +105,7 @@ class ModelEntry(_Strict):
     """
 
     model: str
-    name: str | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}$")] | None = None
     parameters: ModelParameters = ModelParameters()
 
 
@@ -191,8 +191,9 @@ class MergeConfig(_Strict):
     @classmethod
     def _names_differ(cls, models: list[ModelEntry]) -> list[ModelEntry]:
         names = [entry.name for entry in models if entry.name is not None]
+        folded = [name.casefold() for name in names]  # names become file names
         for name in names:
-            if names.count(name) > 1:
+            if folded.count(name.casefold()) > 1:
                 raise ValueError(f"two models are named {name!r}")
         return models
 
