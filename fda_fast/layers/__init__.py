@@ -1,1 +1,6 @@
 """Layers as four-sweep programs, and the autograd engine."""
+
+from fda_fast.layers.engine import AdaptationProblem, Problem, bind, bind_adaptation
+from fda_fast.layers.evaluation import Evaluation
+
+__all__ = ["AdaptationProblem", "Evaluation", "Problem", "bind", "bind_adaptation"]
