@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from fda_fast.errors import InputError
+from fda_fast.references import absolute
 
 Start = Literal["pretrained", "task_arithmetic", "tsv", "wudi"]
 Distance = Literal["cosine", "l2", "l1"]
@@ -269,19 +270,11 @@ def parse(
         )
     base = config.base_model
     if folder is not None:
-        base = _absolute(base, folder)
+        base = absolute(base, folder)
         models = [
-            entry.model_copy(update={"model": _absolute(entry.model, folder)}) for entry in models
+            entry.model_copy(update={"model": absolute(entry.model, folder)}) for entry in models
         ]
     return config.model_copy(update={"base_model": base, "models": models})
-
-
-def _absolute(reference: str, folder: Path) -> str:
-    """``path+adapter`` with both parts seen from ``folder``."""
-    whole = folder / Path(reference).expanduser()
-    if whole.exists() or "+" not in reference:
-        return str(whole)
-    return "+".join(str(folder / Path(part).expanduser()) for part in reference.split("+", 1))
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:

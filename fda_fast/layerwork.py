@@ -1,0 +1,324 @@
+"""One layer of a merge: the anchors of every task, then the merged layer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fda_fast.adapt import adapt
+from fda_fast.anchors import Anchors, init_anchors
+from fda_fast.construct import construct
+from fda_fast.errors import InputError
+from fda_fast.progress import Display
+from fda_fast.settings import Settings
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """A layer of the base and of every expert, read and checked.
+
+    Attributes:
+        name: the layer's name in the base.
+        index: its number.
+        width: its input width d.
+        pretrained: the base's layer, float32, on the device that computes.
+        finetuned: the experts' layers by task name, likewise.
+        unchanged: tasks whose expert has this whole layer exactly as the base has it.
+        hashes: SHA-256 of the layer's tensors by task name, "" for the base.
+    """
+
+    name: str
+    index: int
+    width: int
+    pretrained: nn.Module
+    finetuned: Mapping[str, nn.Module]
+    unchanged: frozenset[str]
+    hashes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What construction reached for one (layer, task).
+
+    Attributes:
+        loss: alignment loss of the anchors kept.
+        cosines: cosine of gradient and task vector by parameter name.
+    """
+
+    loss: float
+    cosines: Mapping[str, float]
+
+    @property
+    def mean_cosine(self) -> float:
+        """Mean over the parameter tensors."""
+        return sum(self.cosines.values()) / max(1, len(self.cosines))
+
+
+@dataclass
+class LayerResult:
+    """What one layer came to.
+
+    Attributes:
+        layer: its name.
+        tasks: results by task name.
+        adaptation: mean loss of an anchor in the first and in the last epoch; None without one.
+        seconds: time by phase in this run; empty if an earlier run did the layer.
+    """
+
+    layer: str
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    adaptation: tuple[float, float] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def as_record(self) -> dict[str, Any]:
+        """The part that is the same in every run."""
+        tasks = {
+            task: {"loss": result.loss, "cosines": dict(result.cosines)}
+            for task, result in self.tasks.items()
+        }
+        return {"layer": self.layer, "tasks": tasks, "adaptation": self.adaptation}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> LayerResult:
+        """What ``as_record`` gave."""
+        tasks = {task: TaskResult(**values) for task, values in record["tasks"].items()}
+        adaptation = record["adaptation"]
+        return cls(record["layer"], tasks, tuple(adaptation) if adaptation else None)
+
+
+def stable_seed(*parts: object) -> int:
+    """63 bits that depend on ``parts`` alone, on every machine and in any order of work."""
+    text = "\0".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def hash_layer(layer: nn.Module) -> str:
+    """SHA-256 over names, shapes and float32 values of a layer's parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in layer.named_parameters():
+        digest.update(f"{name}\0{list(parameter.shape)}\0".encode())
+        values = parameter.detach().to("cpu", torch.float32).contiguous()
+        digest.update(memoryview(values.numpy().reshape(-1)).cast("B") if values.numel() else b"")
+    return digest.hexdigest()
+
+
+def is_unchanged(pretrained: nn.Module, finetuned: nn.Module) -> bool:
+    """Whether all parameters are exactly equal."""
+    theirs = dict(finetuned.named_parameters())
+    return all(torch.equal(p, theirs[name]) for name, p in pretrained.named_parameters())
+
+
+def first_anchors(inputs: LayerInput, task: str, settings: Settings) -> Tensor:
+    """The anchors that construction starts from; depend on seed, layer and task only."""
+    wanted = settings.construct
+    generator = torch.Generator().manual_seed(stable_seed(wanted.seed, inputs.name, task))
+    return init_anchors(
+        inputs.finetuned[task],
+        wanted.shape(inputs.width),
+        wanted.init,
+        wanted.scale,
+        generator,
+        layout=wanted.layout,
+    )
+
+
+def construct_layer(
+    inputs: LayerInput,
+    settings: Settings,
+    groups: Sequence[Sequence[str]],
+    paths: Mapping[str, Path],
+    display: Display,
+) -> dict[str, Anchors]:
+    """Anchors of every task; those already on disk are kept, new ones are saved at once.
+
+    Args:
+        inputs: the layer.
+        settings: of the merge.
+        groups: tasks that are optimised in one batch. A group is done as a whole or not at all,
+            because the size of a batch can change the last bits of a result.
+        paths: anchors file of every task.
+        display: shows the steps.
+    """
+    found: dict[str, Anchors] = {}
+    for group in groups:
+        saved = {task: _load(paths[task], inputs, task, settings) for task in group}
+        if all(anchors is not None for anchors in saved.values()):
+            found |= {task: anchors for task, anchors in saved.items() if anchors is not None}
+            continue
+        made = _construct_group(inputs, settings, group, len(groups), display)
+        for task, anchors in made.items():
+            anchors.save(paths[task])
+        found |= made
+    return found
+
+
+def _construct_group(
+    inputs: LayerInput, settings: Settings, group: Sequence[str], groups: int, display: Display
+) -> dict[str, Anchors]:
+    wanted = settings.construct
+    starts = {task: first_anchors(inputs, task, settings) for task in group}
+    made = {}
+    for task in group:
+        if task in inputs.unchanged:
+            # No task vector, so no direction to align with: the first anchors stay, and tell
+            # adaptation that this task wants the base's layer.
+            names = [name for name, _ in inputs.pretrained.named_parameters()]
+            made[task] = _pack(
+                inputs, task, settings, starts[task], float(len(names)), dict.fromkeys(names, 0.0)
+            )
+    moving = [task for task in group if task not in inputs.unchanged]
+    if not moving:
+        return made
+    display.begin("construct", inputs.name, inputs.index, wanted.steps, moving, groups)
+    result = construct(
+        inputs.pretrained,
+        [inputs.finetuned[task] for task in moving],
+        [starts[task] for task in moving],
+        steps=wanted.steps,
+        lr=wanted.lr,
+        weight_decay=wanted.weight_decay,
+        betas=wanted.betas,
+        eps=wanted.eps,
+        distance=wanted.distance,
+        engine=settings.engine,
+        precision=settings.precision,
+        progress=False,
+        on_step=display.on_step,
+    )
+    display.end()
+    assert isinstance(result.loss, list) and isinstance(result.cosines, list)
+    for i, task in enumerate(moving):
+        made[task] = _pack(
+            inputs, task, settings, result.anchors[i], result.loss[i], result.cosines[i]
+        )
+    return made
+
+
+def _pack(
+    inputs: LayerInput,
+    task: str,
+    settings: Settings,
+    tensor: Tensor,
+    loss: float,
+    cosines: Mapping[str, float],
+) -> Anchors:
+    return Anchors(
+        tensor.detach().to("cpu", torch.float32),
+        layer=inputs.name,
+        task=task,
+        settings=_construction_settings(settings),
+        cosines=cosines,
+        loss=loss,
+        pretrained_sha256=inputs.hashes[""],
+        expert_sha256=inputs.hashes[task],
+    )
+
+
+def _construction_settings(settings: Settings) -> dict[str, Any]:
+    found: dict[str, Any] = settings.as_dict()["construct"]
+    # Tuples come back from a file as lists.
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+    return {**values, "engine": settings.engine, "precision": settings.precision}
+
+
+def _load(path: Path, inputs: LayerInput, task: str, settings: Settings) -> Anchors | None:
+    """Anchors of an earlier run of this very job, or None."""
+    if not path.exists():
+        return None
+    anchors = Anchors.load(path, shape=settings.construct.shape(inputs.width))
+    check_origin(anchors, inputs, task, path)
+    return anchors
+
+
+def check_origin(anchors: Anchors, inputs: LayerInput, task: str, path: Path) -> None:
+    """Refuse anchors that were made for another layer or from other weights.
+
+    Raises:
+        InputError: naming the file and what does not fit.
+    """
+    if anchors.layer != inputs.name:
+        raise InputError(f"anchors file {path}: layer", expected=inputs.name, got=anchors.layer)
+    pairs = {
+        "the base model": (anchors.pretrained_sha256, inputs.hashes[""]),
+        f"expert {task}": (anchors.expert_sha256, inputs.hashes[task]),
+    }
+    for whose, (made_from, now) in pairs.items():
+        if made_from and made_from != now:
+            raise InputError(
+                f"anchors file {path} was made from other weights of {whose}",
+                expected=f"layer {inputs.name} with SHA-256 {made_from[:16]}...",
+                got=f"{now[:16]}...",
+                fix="Construct the anchors again, or give the checkpoints they were made from.",
+            )
+
+
+def adapt_layer(
+    inputs: LayerInput,
+    anchors: Mapping[str, Anchors],
+    start: Any,
+    settings: Settings,
+    display: Display,
+) -> tuple[nn.Module, tuple[float, float]]:
+    """The merged layer, and its mean loss per anchor in the first and last epoch.
+
+    Args:
+        inputs: the layer.
+        anchors: of every task.
+        start: as ``adapt`` takes it.
+        settings: of the merge.
+        display: shows the epochs.
+    """
+    wanted = settings.adapt
+    device = next(inputs.pretrained.parameters()).device
+    tasks = [(anchors[task].tensor.to(device), layer) for task, layer in inputs.finetuned.items()]
+    display.begin("adapt", inputs.name, inputs.index, wanted.epochs, list(inputs.finetuned))
+    result = adapt(
+        inputs.pretrained,
+        tasks,
+        mode=wanted.mode,
+        start=start,
+        epochs=wanted.epochs,
+        lr=wanted.lr,
+        batch_size=wanted.batch_size,
+        distance=wanted.distance,
+        engine=settings.engine,
+        precision=settings.precision,
+        seed=stable_seed(settings.construct.seed, inputs.name, "adapt") % 2**31,
+        on_epoch=display.on_epoch,
+    )
+    display.end()
+    first, last = result.history[0].item(), result.history[-1].item()
+    return result.layer, (first, last)
+
+
+def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
+    """Refuse NaN and Inf, by name.
+
+    Args:
+        tensors: by their names in the checkpoint.
+        whose: "base model", "expert movie".
+
+    Raises:
+        InputError: names the first tensor that holds one, and how many it holds.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        # A sum is finite unless an element is not, or it overflows: then look closer.
+        if math.isfinite(tensor.sum(dtype=torch.float32).item()):
+            continue
+        bad = int((~torch.isfinite(tensor.float())).sum())
+        if bad:
+            raise InputError(
+                f"tensor {name!r} of the {whose}",
+                expected="finite numbers",
+                got=f"{bad} NaN or Inf of {tensor.numel()}",
+                fix="The checkpoint is damaged, or its training diverged.",
+            )
