@@ -96,6 +96,8 @@ class Parameter:
             tuned = self._laid_out(finetuned)
             wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
             out[k] = tuned.to(wide) - base.to(wide)
+        norms = torch.linalg.vector_norm(out.flatten(1), dim=1, dtype=torch.float64)
+        self._square = norms.square().to(self.dtype)
         return out
 
     def tuned(self) -> Tensor:
@@ -109,9 +111,8 @@ class Parameter:
     def square(self) -> Tensor:
         """|T|^2 of each task, [K], summed in float64 and given in the program's dtype."""
         if self._square is None:
-            flat = self.delta().flatten(1)
-            norms = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)
-            self._square = norms.square().to(self.dtype)
+            self.delta()
+        assert self._square is not None, "an adaptation has no task vectors"
         return self._square
 
 
@@ -140,6 +141,7 @@ class Materials:
         self.tokens = tokens
         self.precision = precision
         self.dtype = dtype
+        self.tasks = 1 if finetuned is None else len(finetuned)
         self.names = [name for name, _ in pretrained.named_parameters()]
         self._pretrained = dict(pretrained.named_parameters())
         self._finetuned = None

@@ -1,0 +1,233 @@
+"""Linear: y = x W^T + c, with task vectors T and t_c, fine-tuned weights W_f = W + T.
+
+    forward   y = x W^T + c              dy = x T^T + dx W_f^T + t_c
+    backward  g_x = g W                  G = g^T x,  G_c = sum_r g
+    tangent   t_y = t W^T + x M^T + M_c  x M^T = alpha x T^T + beta x G^T
+    reverse   S_x = S W + (b + alpha g) T + beta g G,   b_x = b W_f
+
+M = alpha T + beta G is never formed: x T^T is there from the forward sweep, and alpha g T joins
+b T. <G, T> = <g, x T^T> and |G|^2 = <g, x G^T> need no pass over the weights either.
+
+G enters only through x G^T and g G, and there are two ways to compute those for R rows:
+
+    direct    G = g^T x [o, i], then x G^T and g G           3 R i o multiplications
+    Gram      (x x^T) g and (g g^T) x, through [R, R]        2 R^2 (i + o)
+
+The one with fewer multiplications is taken; both give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fda_fast.errors import InputError
+from fda_fast.layers.parameter import Parameter
+from fda_fast.layers.precision import Precision
+from fda_fast.layers.program import Node
+from fda_fast.ops import alignment, memory
+
+# [R, R] products are smaller and run at a lower rate: the Gram form has to win by this factor.
+_GRAM_MARGIN = 0.8
+
+
+class Linear(Node):
+    """One or several linear layers that share their input, packed along the output.
+
+    Args:
+        weights: one Parameter [o_s, i] per segment; o = sum of o_s.
+        biases: one Parameter [o_s] or None per segment; None for no bias at all.
+        precision: how products are computed.
+        form: "auto", "direct" or "gram".
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Parameter],
+        biases: Sequence[Parameter | None] | None,
+        precision: Precision,
+        form: str = "auto",
+    ) -> None:
+        if form not in ("auto", "direct", "gram"):
+            raise InputError("form of a Linear", expected="auto, direct or gram", got=repr(form))
+        self.weights = list(weights)
+        self.biases = list(biases) if biases is not None else [None] * len(self.weights)
+        self.precision = precision
+        self.form = form
+        self.widths = [weight.shape[0] for weight in self.weights]
+        self.tasks = self.weights[0].tasks
+        self._present = [bias for bias in self.biases if bias is not None]
+        self._W = precision.operand(_pack([w.value() for w in self.weights], 0))  # [o, i]
+        self._W_f: Tensor | None = None  # [K, o, i], formed when first needed
+        self._c = self._bias_rows(lambda bias: bias.value())  # [o]
+        self._read_deltas()
+        self.release()
+
+    def _read_deltas(self) -> None:
+        self._T = self.precision.operand(_pack([w.delta() for w in self.weights], 1))  # [K, o, i]
+        self._t_c = self._bias_rows(lambda bias: bias.delta())  # [K, o]
+
+    def _bias_rows(self, read) -> Tensor | None:
+        """The segments' bias tensors side by side, zero where a segment has none."""
+        if not self._present:
+            return None
+        like = read(self._present[0])
+        rows = [
+            like.new_zeros((*like.shape[:-1], width)) if bias is None else read(bias)
+            for bias, width in zip(self.biases, self.widths, strict=True)
+        ]
+        return _pack(rows, -1)
+
+    def _tuned_weight(self) -> Tensor:
+        if self._W_f is None:
+            self._W_f = self.precision.operand(_pack([w.tuned() for w in self.weights], 1))
+        return self._W_f
+
+    def parameters(self) -> list[Parameter]:
+        """The weights of all segments, then the biases that exist."""
+        return [*self.weights, *self._present]
+
+    def refresh(self) -> None:
+        """See ``Node.refresh``."""
+        self._W_f = None
+        self._read_deltas()
+
+    def release(self) -> None:
+        """See ``Node.release``."""
+        self._x = self._dx = self._g = self._xT = self._xG = None
+        self._x_op = self._g_op = self._G = self._G_c = None
+        self._coefficients: Tensor | None = None
+
+    def _shared(self, a: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
+        """a [K, R, .] times a matrix that all tasks share; added to ``out`` if given."""
+        rows = a.flatten(0, 1)
+        if out is not None:
+            self.precision.accumulate(out.flatten(0, 1), rows, W)
+            return out
+        out = memory.empty((*a.shape[:2], W.shape[1]), self._like)
+        self.precision.matmul(rows, W, out.flatten(0, 1))
+        return out
+
+    def _batched(self, a: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
+        """a [K, m, k] times B [K, k, n]; added to ``out`` if given."""
+        if out is not None:
+            return self.precision.accumulate(out, a, B)
+        out = memory.empty((a.shape[0], a.shape[1], B.shape[2]), self._like)
+        return self.precision.matmul(a, B, out)
+
+    def forward(self, x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See ``Node.forward``."""
+        operand = self.precision.operand
+        self._like = x.new_empty(0)  # dtype and device of the results of products
+        self._x_op = operand(x)
+        if self._c is None:
+            y = self._shared(self._x_op, self._W.t())
+        else:
+            y = memory.empty((*x.shape[:2], self._W.shape[0]), x).copy_(self._c)
+            self._shared(self._x_op, self._W.t(), y)
+        self._xT = self._batched(self._x_op, self._T.mT)
+        dy = self._xT
+        if self._t_c is not None:
+            dy = torch.add(dy, self._t_c.unsqueeze(1), out=memory.empty(dy.shape, dy))
+        if dx is not None:
+            if dy is self._xT:
+                dy = memory.empty(dy.shape, dy).copy_(dy)
+            self._batched(operand(dx), self._tuned_weight().mT, dy)
+        if self.weights[0].master is not None:
+            self._x, self._dx = x, dx
+        return y, dy
+
+    def backward(self, g: Tensor, need_input: bool) -> Tensor | None:
+        """See ``Node.backward``."""
+        self._g, self._g_op = g, self.precision.operand(g)
+        if self._present:
+            self._G_c = g.sum(1, keepdim=True)
+        return self._shared(self._g_op, self._W) if need_input else None
+
+    def _use_gram(self, rows: int) -> bool:
+        o, i = self._W.shape
+        return gram_is_cheaper(rows, i, o) if self.form == "auto" else self.form == "gram"
+
+    def dots(self) -> Tensor:
+        """See ``Node.dots``."""
+        operand, x, g = self.precision.operand, self._x_op, self._g_op
+        if self._use_gram(x.shape[1]):
+            self._xG = self._batched(operand(self._batched(x, x.mT)), g)
+        else:
+            self._G = operand(self._batched(g.mT, x))
+            self._xG = self._batched(x, self._G.mT)
+            self._x_op = None
+        found = [alignment.dots(self._g, self._xT, self._xG, self.widths)]
+        if self._present:
+            of_bias = alignment.dots(self._G_c, self._t_c.unsqueeze(1), self._G_c, self.widths)
+            found += [
+                of_bias[:, :, s : s + 1] for s, bias in enumerate(self.biases) if bias is not None
+            ]
+        return torch.cat(found, dim=2) if len(found) > 1 else found[0]
+
+    def set_coefficients(self, coefficients: Tensor) -> None:
+        """See ``Node.set_coefficients``."""
+        self._coefficients = coefficients
+
+    def _bias_tangent(self) -> Tensor | None:
+        """M_c [K, o]; zero where a segment has no bias, for t_c and G's coefficients are."""
+        if not self._present:
+            return None
+        found = iter(self._coefficients[:, :, len(self.weights) :].unbind(2))
+        zero = self._coefficients.new_zeros(self._coefficients.shape[:2])
+        columns = [zero if bias is None else next(found) for bias in self.biases]
+        alpha, beta = torch.stack(columns, dim=2)
+        t_c = self._t_c.unsqueeze(1)
+        return alignment.mix(alpha, t_c, beta, self._G_c, self.widths).squeeze(1)
+
+    def tangent(self, t: Tensor | None) -> Tensor | None:
+        """See ``Node.tangent``."""
+        alpha, beta = self._coefficients[:, :, : len(self.weights)]
+        row = self._bias_tangent()
+        out = alignment.mix(alpha, self._xT, beta, self._xG, self.widths, row)
+        self._xT = self._xG = None
+        if t is not None:
+            self._shared(self.precision.operand(t), self._W.t(), out)
+        return out
+
+    def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
+        """See ``Node.reverse``."""
+        operand = self.precision.operand
+        alpha, beta = self._coefficients[:, :, : len(self.weights)]
+        merged, scaled = alignment.spread(b, alpha, beta, self._g, self.widths)
+        S_x = self._shared(operand(S), self._W)
+        self._batched(operand(merged), self._T, S_x)
+        if self._G is not None:
+            self._batched(operand(scaled), self._G, S_x)
+        else:
+            gram = operand(self._batched(operand(scaled), self._g_op.mT))
+            self._batched(gram, self._x_op, S_x)
+        self.release()
+        return S_x, self._batched(operand(b), self._tuned_weight()) if need_b else None
+
+    def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
+        """See ``Node.adjoint``."""
+        operand = self.precision.operand
+        x_f = self._x if self._dx is None else self._x + self._dx
+        b_op = operand(b)
+        G = self._batched(b_op.mT, operand(x_f)).sum(0)
+        for weight, part in zip(self.weights, G.split(self.widths), strict=True):
+            weight.grad = part
+        if self._present:
+            for bias, part in zip(self.biases, b.sum((0, 1)).split(self.widths), strict=True):
+                if bias is not None:
+                    bias.grad = part
+        self.release()
+        return self._batched(b_op, self._tuned_weight()) if need_input else None
+
+
+def gram_is_cheaper(rows: int, inputs: int, outputs: int) -> bool:
+    """Whether the Gram form of a Linear [outputs, inputs] needs fewer operations for R rows."""
+    direct = 3 * rows * inputs * outputs
+    return 2 * rows * rows * (inputs + outputs) < _GRAM_MARGIN * direct
+
+
+def _pack(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -1,0 +1,173 @@
+"""LayerNorm and RMSNorm, and the elementwise LayerScale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fda_fast.errors import InputError
+from fda_fast.layers.parameter import Parameter
+from fda_fast.layers.program import Node
+from fda_fast.ops import alignment, memory, norm
+
+
+class _Elementwise(Node):
+    """A node whose parameters [d] multiply or shift; their G is small enough to be kept."""
+
+    def __init__(self, weight: Parameter | None, bias: Parameter | None) -> None:
+        self.weight, self.bias = weight, bias
+        self._w = None if weight is None else weight.value()  # [d]
+        self._c = None if bias is None else bias.value()  # [d]
+        self._read_deltas()
+        self.release()
+
+    def _read_deltas(self) -> None:
+        self._tw = None if self.weight is None else self.weight.delta()  # [K, d]
+        self._tb = None if self.bias is None else self.bias.delta()  # [K, d]
+
+    def parameters(self) -> list[Parameter]:
+        """The weight, then the bias, as far as they exist."""
+        return [p for p in (self.weight, self.bias) if p is not None]
+
+    def refresh(self) -> None:
+        """See ``Node.refresh``."""
+        self._read_deltas()
+
+    def release(self) -> None:
+        """See ``Node.release``."""
+        self._x = self._dx = self._g = self._t = None
+        self._Gw = self._Gb = self._mw = self._mb = None
+
+    def dots(self) -> Tensor:
+        """See ``Node.dots``."""
+        found = [
+            alignment.dots(G.unsqueeze(1), T.unsqueeze(1), G.unsqueeze(1), [G.shape[1]])
+            for G, T in ((self._Gw, self._tw), (self._Gb, self._tb))
+            if G is not None
+        ]
+        return torch.cat(found, dim=2)
+
+    def set_coefficients(self, coefficients: Tensor) -> None:
+        """See ``Node.set_coefficients``."""
+        found = iter(coefficients.unbind(2))
+        moved = [
+            None if G is None else _mix(next(found), T, G)
+            for G, T in ((self._Gw, self._tw), (self._Gb, self._tb))
+        ]
+        self._mw, self._mb = moved
+        self._Gw = self._Gb = None
+
+
+def _mix(coefficients: Tensor, T: Tensor, G: Tensor) -> Tensor:
+    """M [K, d] from alpha, beta [2, K]."""
+    alpha, beta = coefficients.unsqueeze(2)
+    return torch.addcmul(alpha * T, beta, G)
+
+
+class Norm(_Elementwise):
+    """LayerNorm ("layer") or RMSNorm ("rms") over the last dimension.
+
+    Args:
+        kind: "layer" or "rms".
+        weight: Parameter [d] or None (1); Gemma's 1 + w is a Parameter with offset 1.
+        bias: Parameter [d] or None (0).
+        eps: added to the mean square.
+    """
+
+    def __init__(
+        self, kind: str, weight: Parameter | None, bias: Parameter | None, eps: float
+    ) -> None:
+        if kind not in ("layer", "rms"):
+            raise InputError("norm", expected="layer or rms", got=repr(kind))
+        self.kind, self.eps = kind, eps
+        super().__init__(weight, bias)
+
+    def forward(self, x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See ``Node.forward``."""
+        self._x, self._dx = x, dx
+        return norm.forward(self.kind, x, dx, self._w, self._c, self._tw, self._tb, self.eps)
+
+    def backward(self, g: Tensor, need_input: bool) -> Tensor | None:
+        """See ``Node.backward``."""
+        self._g = g
+        weighted, biased = self.weight is not None, self.bias is not None
+        g_x, self._Gw, self._Gb = norm.backward(
+            self.kind, self._x, g, self._w, self.eps, need_input, weighted, biased
+        )
+        return g_x
+
+    def tangent(self, t: Tensor | None) -> Tensor | None:
+        """See ``Node.tangent``."""
+        self._t = t
+        return norm.tangent(self.kind, self._x, t, self._w, self._mw, self._mb, self.eps)
+
+    def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
+        """See ``Node.reverse``."""
+        x, dx, g, t, mw = self._x, self._dx, self._g, self._t, self._mw
+        self.release()
+        return norm.reverse(self.kind, x, dx, g, t, S, b, self._w, self._tw, mw, self.eps, need_b)
+
+    def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
+        """See ``Node.adjoint``."""
+        weighted, biased = self.weight is not None, self.bias is not None
+        b_x, grad_w, grad_b = norm.adjoint(
+            self.kind,
+            self._x,
+            self._dx,
+            b,
+            self._w,
+            self._tw,
+            self.eps,
+            need_input,
+            weighted,
+            biased,
+        )
+        if grad_w is not None:
+            self.weight.grad = grad_w.sum(0)
+        if grad_b is not None:
+            self.bias.grad = grad_b.sum(0)
+        self.release()
+        return b_x
+
+
+class LayerScale(_Elementwise):
+    """y = x * gamma, gamma a Parameter [d] (DINOv2, CaiT)."""
+
+    def __init__(self, gamma: Parameter) -> None:
+        super().__init__(gamma, None)
+
+    def forward(self, x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See ``Node.forward``."""
+        self._x, self._dx = x, dx
+        y = torch.mul(x, self._w, out=memory.empty(x.shape, x))
+        tw = self._tw.unsqueeze(1)
+        dy = torch.mul(x, tw, out=memory.empty(x.shape, x))
+        return y, dy if dx is None else dy.addcmul_(dx, self._w + tw)
+
+    def backward(self, g: Tensor, need_input: bool) -> Tensor | None:
+        """See ``Node.backward``."""
+        self._g = g
+        self._Gw = (g * self._x).sum(1)
+        return torch.mul(g, self._w, out=memory.empty(g.shape, g)) if need_input else None
+
+    def tangent(self, t: Tensor | None) -> Tensor | None:
+        """See ``Node.tangent``."""
+        out = torch.mul(self._x, self._mw.unsqueeze(1), out=memory.empty(self._x.shape, self._x))
+        return out if t is None else out.addcmul_(t, self._w)
+
+    def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
+        """See ``Node.reverse``."""
+        tw = self._tw.unsqueeze(1)
+        S_x = torch.mul(S, self._w, out=memory.empty(S.shape, S))
+        S_x.addcmul_(b, tw).addcmul_(self._g, self._mw.unsqueeze(1))
+        self.release()
+        b_x = torch.mul(b, self._w + tw, out=memory.empty(b.shape, b)) if need_b else None
+        return S_x, b_x
+
+    def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
+        """See ``Node.adjoint``."""
+        x_f = self._x if self._dx is None else self._x + self._dx
+        self.weight.grad = (b * x_f).sum((0, 1))
+        self.release()
+        tw = self._tw.unsqueeze(1)
+        return torch.mul(b, self._w + tw, out=memory.empty(b.shape, b)) if need_input else None
