@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from .call import call_keywords, call_layer
 from .evaluation import Evaluation
+from .recognise import zero_gradient_names
 
 # cosine_similarity's floor of each norm; part of the published arithmetic.
 EPS = 1e-8
@@ -70,7 +71,7 @@ class AutogradProblem:
         zero_gradient: Collection[str] | None = None,
     ) -> None:
         if zero_gradient is None:
-            zero_gradient = _known_zero_gradients(pretrained)
+            zero_gradient = zero_gradient_names(pretrained)
         self._similarity = _choose(_SIMILARITY, distance)
         self._pretrained = pretrained
         self._finetuned = list(finetuned)
@@ -279,7 +280,3 @@ def _choose(table: dict[str, Any], distance: str) -> Any:
     if distance not in table:
         raise InputError("distance", expected=" | ".join(table), got=repr(distance))
     return table[distance]
-
-
-def _known_zero_gradients(layer: nn.Module) -> Collection[str]:
-    return ()

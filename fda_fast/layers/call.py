@@ -33,6 +33,7 @@ _NONE_ARGUMENTS = (
     "encoder_hidden_states",
     "encoder_attention_mask",
 )
+_ROTARY = ("position_embeddings", "position_embeddings_global")
 
 
 def call_layer(
@@ -151,6 +152,11 @@ def causal_mask(layer: nn.Module, x: Tensor) -> Tensor:
     return mask.masked_fill(~seen, torch.finfo(x.dtype).min)
 
 
+def wants_rotary_tables(layer: nn.Module) -> bool:
+    """Whether the layer's forward takes rotary tables (cos, sin)."""
+    return any(name in _ROTARY for name in inspect.signature(layer.forward).parameters)
+
+
 def rotary_tables(layer: nn.Module, x: Tensor, *, local: bool = False) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [1, T, head_dim], of positions 0..T-1, as the layer's library makes them.
 
@@ -220,7 +226,7 @@ def call_keywords(layer: nn.Module, x: Tensor) -> dict[str, Any]:
                 keywords[name] = causal_mask(layer, x)
             elif required:
                 keywords[name] = None
-        elif name in ("position_embeddings", "position_embeddings_global"):
+        elif name in _ROTARY:
             keywords[name] = rotary_tables(layer, x)
         elif name == "position_embeddings_local":
             keywords[name] = rotary_tables(layer, x, local=True)

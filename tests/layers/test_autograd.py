@@ -57,9 +57,7 @@ def published(pretrained, finetuned, x, distance):
     gradients = torch.autograd.grad(s, list(pretrained.parameters()), create_graph=True)
     cosines = [
         F.cosine_similarity(g.flatten(), (b - a).flatten(), dim=0)
-        for g, a, b in zip(
-            gradients, pretrained.parameters(), finetuned.parameters(), strict=True
-        )
+        for g, a, b in zip(gradients, pretrained.parameters(), finetuned.parameters(), strict=True)
     ]
     loss = sum(1 - c for c in cosines)
     loss.backward()
@@ -131,9 +129,7 @@ def test_constant_terms(layers):
     other.norm.weight.data = pretrained.norm.weight.data.clone()
     anchors = torch.randn(1, 5, 6, dtype=torch.float64)
     names = [name for name, _ in pretrained.named_parameters()]
-    problem = AutogradProblem(
-        pretrained, [other], distance="cosine", zero_gradient=["first.bias"]
-    )
+    problem = AutogradProblem(pretrained, [other], distance="cosine", zero_gradient=["first.bias"])
     assert problem.parameter_names == names
     got = problem.evaluate(anchors)
     # The same with the two terms taken out of the published sum.

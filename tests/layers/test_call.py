@@ -94,9 +94,7 @@ def test_mlp_alone_on_vectors():
 
 
 def test_clip_text_block_is_causal_and_vision_block_is_not():
-    kw = dict(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4
-    )
+    kw = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
     torch.manual_seed(0)
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**kw, vocab_size=11)).eval()
     vision = transformers.CLIPVisionModel(
