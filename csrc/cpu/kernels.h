@@ -1,0 +1,63 @@
+// Every CPU kernel, as a table of functions: one table for each instruction set that was compiled.
+//
+// All data are contiguous float32. A null pointer stands for a value that is exactly zero (input)
+// or not wanted (output). Sizes are counts of elements; `threads` is torch.get_num_threads().
+#pragma once
+
+#include <stdint.h>
+
+namespace fda {
+
+struct Kernels {
+  const char* isa;
+
+  // Activation, n elements; kind as in math.h.
+  void (*activation_forward)(int kind, int64_t n, const float* x, const float* dx, float* y,
+                             float* dy, int threads);
+  // out = phi'(x + dx) v
+  void (*activation_slope)(int kind, int64_t n, const float* x, const float* dx, const float* v,
+                           float* out, int threads);
+  void (*activation_reverse)(int kind, int64_t n, const float* x, const float* dx, const float* g,
+                             const float* t, const float* S, const float* b, float* S_x,
+                             float* b_x, int threads);
+
+  // Gated activation, x [rows, 2 h] = [gate | up], y [rows, h].
+  void (*gated_forward)(int kind, int64_t rows, int64_t h, const float* x, const float* dx,
+                        float* y, float* dy, int threads);
+  // (gate, up) of out = (phi'(gate) up g, phi(gate) g) at x + dx
+  void (*gated_backward)(int kind, int64_t rows, int64_t h, const float* x, const float* dx,
+                         const float* g, float* out, int threads);
+  void (*gated_tangent)(int kind, int64_t rows, int64_t h, const float* x, const float* t,
+                        float* out, int threads);
+  void (*gated_reverse)(int kind, int64_t rows, int64_t h, const float* x, const float* dx,
+                        const float* g, const float* t, const float* S, const float* b,
+                        float* S_x, float* b_x, int threads);
+
+  // One Adam update with decoupled weight decay on K tasks of n elements; where loss < best_loss,
+  // best = anchors (before the update) first. gain = 1 - beta, step_size = lr / (1 - beta1^step),
+  // root = sqrt(1 - beta2^step), decay = 1 - lr * weight_decay.
+  void (*adamw_step)(int64_t K, int64_t n, float* anchors, const float* grad, float* exp_avg,
+                     float* exp_avg_sq, const float* loss, float* best_loss, float* best,
+                     float beta2, float gain1, float gain2, float step_size, float root,
+                     float eps, float decay, int threads);
+
+  // Adam on alpha [K, n] with gradient grad * tau_k, then delta = sum_k alpha_k tau_k.
+  void (*coefficients_update)(int64_t K, int64_t n, float* alpha, const float* tau,
+                              const float* grad, float* exp_avg, float* exp_avg_sq, float* delta,
+                              float beta2, float gain1, float gain2, float step_size, float root,
+                              float eps, int threads);
+};
+
+namespace baseline {
+extern const Kernels table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+
+}  // namespace fda
