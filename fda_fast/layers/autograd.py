@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
-from .call import call_keywords, call_layer
-from .evaluation import Evaluation
-from .recognise import zero_gradient_names
+from fda_fast.errors import InputError
+from fda_fast.layers.call import call_keywords, call_layer
+from fda_fast.layers.evaluation import Evaluation
+from fda_fast.layers.recognise import zero_gradient_names
 
 # cosine_similarity's floor of each norm; part of the published arithmetic.
 EPS = 1e-8

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import InputError
+from fda_fast.errors import InputError
 
 # Arguments some blocks demand and every one of them treats as "not given" when None.
 _NONE_ARGUMENTS = (
