@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fda_fast.errors import InputError
-from fda_fast.layers.autograd import AutogradAdaptation, AutogradProblem
+from fda_fast.layers.adaptation import ProgramAdaptation
+from fda_fast.layers.autograd import (
+    AutogradAdaptation,
+    AutogradProblem,
+    check_same_anchor_shapes,
+    check_same_parameters,
+)
 from fda_fast.layers.evaluation import Evaluation
-from fda_fast.layers.precision import resolve
+from fda_fast.layers.parameter import Materials
+from fda_fast.layers.precision import Precision, resolve
+from fda_fast.layers.problem import ProgramProblem
+from fda_fast.layers.recognise import NotRecognised, Recipe, recognise
+from fda_fast.layers.verify import Mismatch, verify
+from fda_fast.ops import similarity
 
 ENGINES = ("auto", "program", "autograd")
+
+_log = logging.getLogger("fda_fast")
 
 
 class Problem(Protocol):
@@ -48,8 +63,33 @@ def bind(
     engine: str = "auto",
     precision: str = "auto",
 ) -> Problem:
-    """The alignment problem of K fine-tuned layers, for anchors of ``shape`` [n, (T,) d]."""
-    _check(engine, precision)
+    """The alignment problem of K fine-tuned layers, for anchors of ``shape`` [n, (T,) d].
+
+    "auto" takes the four-sweep program if the layer is recognised and its program, run once on a
+    little random input, agrees with the layer; else the autograd engine, with one log line saying
+    why. "program" raises where "auto" falls back.
+
+    Raises:
+        InputError: unknown engine, precision or distance; layers whose parameters differ; engine
+            "program" for a layer that has none, with the reason.
+    """
+    _check(engine, precision, distance)
+    check_same_parameters(pretrained, finetuned)
+    if engine != "autograd":
+        try:
+            recipe = _recipe(pretrained, finetuned, len(shape) == 3)
+            materials = Materials(
+                pretrained,
+                finetuned,
+                tokens=shape[1] if len(shape) == 3 else 1,
+                precision=Precision(precision, _device(pretrained)),
+                dtype=_dtype(pretrained),
+            )
+            problem = ProgramProblem(recipe.build(materials), materials, distance=distance)
+            verify(problem, materials, pretrained, finetuned, shape, distance)
+            return problem
+        except (NotRecognised, Mismatch) as reason:
+            _fall_back(engine, pretrained, reason)
     return AutogradProblem(pretrained, finetuned, distance=distance)
 
 
@@ -61,12 +101,74 @@ def bind_adaptation(
     engine: str = "auto",
     precision: str = "auto",
 ) -> AdaptationProblem:
-    """The adaptation problem of one layer over (anchors, fine-tuned layer) of every task."""
-    _check(engine, precision)
+    """The adaptation problem of one layer over (anchors [n, (T,) d], fine-tuned layer) of tasks.
+
+    Engines and errors as for ``bind``.
+    """
+    _check(engine, precision, distance)
+    finetuned = [layer for _, layer in tasks]
+    check_same_parameters(pretrained, finetuned)
+    check_same_anchor_shapes([anchors for anchors, _ in tasks])
+    if engine != "autograd":
+        try:
+            shape = tuple(tasks[0][0].shape)
+            recipe = _recipe(pretrained, finetuned, len(shape) == 3)
+            # The program is the one of construction: check it as such, in fp32.
+            materials = Materials(
+                pretrained,
+                finetuned[:1],
+                tokens=shape[1] if len(shape) == 3 else 1,
+                precision=Precision("fp32", _device(pretrained)),
+                dtype=_dtype(pretrained),
+            )
+            problem = ProgramProblem(recipe.build(materials), materials, distance=distance)
+            verify(problem, materials, pretrained, finetuned[:1], shape, distance)
+            del problem, materials
+            return ProgramAdaptation(
+                recipe.build,
+                pretrained,
+                tasks,
+                distance=distance,
+                precision=Precision(precision, _device(pretrained)),
+                dtype=_dtype(pretrained),
+            )
+        except (NotRecognised, Mismatch) as reason:
+            _fall_back(engine, pretrained, reason)
     return AutogradAdaptation(pretrained, tasks, distance=distance)
 
 
-def _check(engine: str, precision: str) -> None:
+def _recipe(pretrained: nn.Module, finetuned: Sequence[nn.Module], sequences: bool) -> Recipe:
+    recipe = recognise(pretrained)
+    if recipe.sequences and not sequences:
+        raise NotRecognised("its tokens interact, and anchors [n, d] have none")
+    for k, layer in enumerate(finetuned):
+        if recognise(layer) != recipe:
+            raise NotRecognised(f"fine-tuned layer {k} has another structure than the pretrained")
+    return recipe
+
+
+def _fall_back(engine: str, layer: nn.Module, reason: Exception) -> None:
+    name = type(layer).__name__
+    if engine == "program":
+        raise InputError(
+            f"engine 'program' for {name}: {reason}",
+            fix="Use engine='autograd', which takes any layer, or 'auto', which chooses",
+        ) from reason
+    _log.info("%s runs on the autograd engine: %s", name, reason)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    """float64 layers get a float64 program, all others float32."""
+    wide = any(p.dtype == torch.float64 for p in layer.parameters())
+    return torch.float64 if wide else torch.float32
+
+
+def _check(engine: str, precision: str, distance: str) -> None:
     if engine not in ENGINES:
         raise InputError("engine", expected=" | ".join(ENGINES), got=repr(engine))
     resolve(precision, "cpu")
+    similarity.check_kind(distance)

@@ -59,15 +59,22 @@ class Linear(Node):
         self.widths = [weight.shape[0] for weight in self.weights]
         self.tasks = self.weights[0].tasks
         self._present = [bias for bias in self.biases if bias is not None]
-        self._W = precision.operand(_pack([w.value() for w in self.weights], 0))  # [o, i]
-        self._W_f: Tensor | None = None  # [K, o, i], formed when first needed
-        self._c = self._bias_rows(lambda bias: bias.value())  # [o]
+        self._merged = self.weights[0].merged
+        self._read_values()
         self._read_deltas()
         self.release()
 
+    def _read_values(self) -> None:
+        self._W = self.precision.operand(_pack([w.value() for w in self.weights], 0))  # [o, i]
+        self._c = self._bias_rows(lambda bias: bias.value())  # [o]
+
     def _read_deltas(self) -> None:
-        self._T = self.precision.operand(_pack([w.delta() for w in self.weights], 1))  # [K, o, i]
-        self._t_c = self._bias_rows(lambda bias: bias.delta())  # [K, o]
+        self._W_f: Tensor | None = None  # [K, o, i], formed when first needed
+        self._T = self._t_c = None
+        if not self._merged:
+            T = _pack([w.delta() for w in self.weights], 1)
+            self._T = self.precision.operand(T)  # [K, o, i]
+            self._t_c = self._bias_rows(lambda bias: bias.delta())  # [K, o]
 
     def _bias_rows(self, read) -> Tensor | None:
         """The segments' bias tensors side by side, zero where a segment has none."""
@@ -81,6 +88,8 @@ class Linear(Node):
         return _pack(rows, -1)
 
     def _tuned_weight(self) -> Tensor:
+        if self._merged:
+            return self._W.unsqueeze(0)
         if self._W_f is None:
             self._W_f = self.precision.operand(_pack([w.tuned() for w in self.weights], 1))
         return self._W_f
@@ -91,7 +100,8 @@ class Linear(Node):
 
     def refresh(self) -> None:
         """See ``Node.refresh``."""
-        self._W_f = None
+        if self._merged:
+            self._read_values()
         self._read_deltas()
 
     def release(self) -> None:
@@ -119,25 +129,28 @@ class Linear(Node):
 
     def forward(self, x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See ``Node.forward``."""
-        operand = self.precision.operand
         self._like = x.new_empty(0)  # dtype and device of the results of products
-        self._x_op = operand(x)
+        self._x_op = self.precision.operand(x)
         if self._c is None:
             y = self._shared(self._x_op, self._W.t())
         else:
             y = memory.empty((*x.shape[:2], self._W.shape[0]), x).copy_(self._c)
             self._shared(self._x_op, self._W.t(), y)
-        self._xT = self._batched(self._x_op, self._T.mT)
-        dy = self._xT
+        if self.weights[0].master is not None:
+            self._x, self._dx = x, None if self._merged else dx
+        return y, self._forward_difference(dx)
+
+    def _forward_difference(self, dx: Tensor | None) -> Tensor | None:
+        if self._merged:
+            return None
+        dy = self._xT = self._batched(self._x_op, self._T.mT)
         if self._t_c is not None:
             dy = torch.add(dy, self._t_c.unsqueeze(1), out=memory.empty(dy.shape, dy))
         if dx is not None:
             if dy is self._xT:
                 dy = memory.empty(dy.shape, dy).copy_(dy)
-            self._batched(operand(dx), self._tuned_weight().mT, dy)
-        if self.weights[0].master is not None:
-            self._x, self._dx = x, dx
-        return y, dy
+            self._batched(self.precision.operand(dx), self._tuned_weight().mT, dy)
+        return dy
 
     def backward(self, g: Tensor, need_input: bool) -> Tensor | None:
         """See ``Node.backward``."""
@@ -209,16 +222,18 @@ class Linear(Node):
 
     def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
         """See ``Node.adjoint``."""
-        operand = self.precision.operand
-        x_f = self._x if self._dx is None else self._x + self._dx
+        operand, rows = self.precision.operand, self._W.shape[1]
+        x_f = operand(self._x if self._dx is None else self._x + self._dx).view(-1, rows)
         b_op = operand(b)
-        G = self._batched(b_op.mT, operand(x_f)).sum(0)
-        for weight, part in zip(self.weights, G.split(self.widths), strict=True):
-            weight.grad = part
+        parts = b_op.flatten(0, 1).split(self.widths, dim=1)
+        for weight, part in zip(self.weights, parts, strict=True):
+            # In the layout of the module, whose transpose a Conv1D stores.
+            product = (x_f.t(), part) if weight.transposed else (part.t(), x_f)
+            self.precision.matmul(*product, weight.grad)
         if self._present:
             for bias, part in zip(self.biases, b.sum((0, 1)).split(self.widths), strict=True):
                 if bias is not None:
-                    bias.grad = part
+                    bias.grad.copy_(part)
         self.release()
         return self._batched(b_op, self._tuned_weight()) if need_input else None
 

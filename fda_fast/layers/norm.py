@@ -16,22 +16,19 @@ class _Elementwise(Node):
 
     def __init__(self, weight: Parameter | None, bias: Parameter | None) -> None:
         self.weight, self.bias = weight, bias
-        self._w = None if weight is None else weight.value()  # [d]
-        self._c = None if bias is None else bias.value()  # [d]
-        self._read_deltas()
+        self.refresh()
         self.release()
 
-    def _read_deltas(self) -> None:
+    def refresh(self) -> None:
+        """See ``Node.refresh``."""
+        self._w = None if self.weight is None else self.weight.value()  # [d]
+        self._c = None if self.bias is None else self.bias.value()  # [d]
         self._tw = None if self.weight is None else self.weight.delta()  # [K, d]
         self._tb = None if self.bias is None else self.bias.delta()  # [K, d]
 
     def parameters(self) -> list[Parameter]:
         """The weight, then the bias, as far as they exist."""
         return [p for p in (self.weight, self.bias) if p is not None]
-
-    def refresh(self) -> None:
-        """See ``Node.refresh``."""
-        self._read_deltas()
 
     def release(self) -> None:
         """See ``Node.release``."""
@@ -123,9 +120,9 @@ class Norm(_Elementwise):
             biased,
         )
         if grad_w is not None:
-            self.weight.grad = grad_w.sum(0)
+            self.weight.grad.copy_(grad_w.sum(0))
         if grad_b is not None:
-            self.bias.grad = grad_b.sum(0)
+            self.bias.grad.copy_(grad_b.sum(0))
         self.release()
         return b_x
 
@@ -140,6 +137,8 @@ class LayerScale(_Elementwise):
         """See ``Node.forward``."""
         self._x, self._dx = x, dx
         y = torch.mul(x, self._w, out=memory.empty(x.shape, x))
+        if self._tw is None:
+            return y, None
         tw = self._tw.unsqueeze(1)
         dy = torch.mul(x, tw, out=memory.empty(x.shape, x))
         return y, dy if dx is None else dy.addcmul_(dx, self._w + tw)
@@ -167,7 +166,7 @@ class LayerScale(_Elementwise):
     def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
         """See ``Node.adjoint``."""
         x_f = self._x if self._dx is None else self._x + self._dx
-        self.weight.grad = (b * x_f).sum((0, 1))
+        self.weight.grad.copy_((b * x_f).sum((0, 1)))
         self.release()
-        tw = self._tw.unsqueeze(1)
-        return torch.mul(b, self._w + tw, out=memory.empty(b.shape, b)) if need_input else None
+        w_f = self._w if self._tw is None else self._w + self._tw.unsqueeze(1)
+        return torch.mul(b, w_f, out=memory.empty(b.shape, b)) if need_input else None

@@ -22,14 +22,16 @@ class Parameter:
         name: as in ``named_parameters()``.
         pretrained: the pretrained tensor, any float dtype, laid out as in the module.
         finetuned: the K fine-tuned tensors; or None for an adaptation, whose single difference
-            starts at zero, lives in ``master`` and is written by an optimiser.
+            starts at zero, lives in ``master`` [module's shape] and is written by an optimiser.
         transposed: the node uses the transpose of the module's tensor (GPT-2's Conv1D stores
-            [in, out]; a ``Linear`` node wants [out, in]). ``shape``, ``value``, ``delta`` and
-            ``grad`` are in the node's layout.
+            [in, out]; a ``Linear`` node wants [out, in]). ``shape``, ``value()``, ``delta()`` and
+            ``grad_view()`` are in the node's layout, ``master`` and ``grad`` in the module's.
         offset: added to the value (Gemma's RMSNorm multiplies by 1 + weight). Differences and
             gradients are unaffected.
         zero_gradient: G is identically zero by structure (the key bias of softmax attention without
             rotary embedding). Such a tensor contributes the constant 1 to L and is left out of M.
+        merged: of an adaptation: the program has one set of weights, pretrained + master, and no
+            differences (``delta`` is None), instead of both apart.
         dtype: of everything handed to nodes; float32 or float64.
         device: where the program runs.
     """
@@ -43,6 +45,7 @@ class Parameter:
         transposed: bool = False,
         offset: float = 0.0,
         zero_gradient: bool = False,
+        merged: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -63,33 +66,43 @@ class Parameter:
         self._finetuned = None if finetuned is None else [f.detach() for f in finetuned]
         self.shape = torch.Size(reversed(pretrained.shape)) if transposed else pretrained.shape
         self.tasks = 1 if finetuned is None else len(finetuned)
+        self.merged = merged
         self.master: Tensor | None = None
+        self.grad: Tensor | None = None
         if finetuned is None:
-            self.master = torch.zeros((1, *self.shape), dtype=dtype, device=self.device)
+            self._pretrained = self._pretrained.to(self.device, dtype)
+            self.master = torch.zeros_like(self._pretrained, memory_format=torch.contiguous_format)
+            self.grad = torch.zeros_like(self.master)
         self._square: Tensor | None = None
-        self.grad: Tensor | None = None  # [*shape], left by ``Node.adjoint``
+        self._live: Tensor | None = None  # pretrained + master, if merged
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.device)
         return tensor.t() if self.transposed else tensor
 
-    def to_module(self, tensor: Tensor) -> Tensor:
-        """A tensor [*shape] in the node's layout, viewed in the module's layout."""
-        return tensor.t() if self.transposed else tensor
-
     def value(self) -> Tensor:
-        """The pretrained value [*shape], contiguous; the module's own storage where possible."""
+        """The weights [*shape] of the first branch; the module's own storage if possible.
+
+        The pretrained tensor, contiguous. If ``merged``, pretrained + master, in a buffer that the
+        next call overwrites.
+        """
+        if self.merged:
+            if self._live is None:
+                self._live = torch.empty_like(self.master)
+            torch.add(self._pretrained, self.master, out=self._live)
+            return self._laid_out(self._live.add_(self.offset) if self.offset else self._live)
         value = self._laid_out(self._pretrained).to(self.dtype).contiguous()
         return value + self.offset if self.offset else value
 
-    def delta(self) -> Tensor:
-        """The K differences [K, *shape]; the live ``master`` in an adaptation.
+    def delta(self) -> Tensor | None:
+        """The K differences [K, *shape]; of an adaptation the live ``master``, None if ``merged``.
 
         Formed in float32, or in float64 where either tensor is, before anything is rounded.
         """
+        if self.merged:
+            return None
         if self._finetuned is None:
-            assert self.master is not None
-            return self.master
+            return self._laid_out(self.master).unsqueeze(0)
         base = self._laid_out(self._pretrained)
         out = torch.empty((self.tasks, *self.shape), dtype=self.dtype, device=self.device)
         for k, finetuned in enumerate(self._finetuned):
@@ -102,11 +115,17 @@ class Parameter:
 
     def tuned(self) -> Tensor:
         """The K fine-tuned values [K, *shape]; the module's own storage where possible."""
+        if self.merged:
+            return self.value().unsqueeze(0)
         if self._finetuned is None:
             return self.value().unsqueeze(0) + self.delta()
         values = [self._laid_out(f).to(self.dtype).contiguous() for f in self._finetuned]
         stacked = values[0].unsqueeze(0) if self.tasks == 1 else torch.stack(values)
         return stacked + self.offset if self.offset else stacked
+
+    def grad_view(self) -> Tensor:
+        """``grad`` in the node's layout [*shape], for ``Node.adjoint`` to write into."""
+        return self._laid_out(self.grad)
 
     def square(self) -> Tensor:
         """|T|^2 of each task, [K], summed in float64 and given in the program's dtype."""
@@ -124,6 +143,7 @@ class Materials:
         finetuned: the K fine-tuned layers; None builds a program for adaptation.
         tokens: T, tokens per anchor (1 for anchors that are vectors).
         precision: how matrix products are computed.
+        merged: see ``Parameter``; for an adaptation only.
         dtype: of the program's values; float32 or float64.
         device: where the program runs; that of the pretrained layer by default.
     """
@@ -135,10 +155,13 @@ class Materials:
         *,
         tokens: int,
         precision: Precision,
+        merged: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         self.tokens = tokens
+        self.merged = merged
+        self.parameters: list[Parameter] = []
         self.precision = precision
         self.dtype = dtype
         self.tasks = 1 if finetuned is None else len(finetuned)
@@ -167,13 +190,16 @@ class Materials:
     ) -> Parameter:
         """The parameter of that name in ``named_parameters()``; arguments as in ``Parameter``."""
         tuned = None if self._finetuned is None else [f[name] for f in self._finetuned]
-        return Parameter(
+        parameter = Parameter(
             name,
             self._pretrained[name],
             tuned,
             transposed=transposed,
             offset=offset,
             zero_gradient=zero_gradient,
+            merged=self.merged,
             dtype=self.dtype,
             device=self.device,
         )
+        self.parameters.append(parameter)
+        return parameter

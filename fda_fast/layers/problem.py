@@ -49,6 +49,16 @@ class ProgramProblem:
             self._root.release()
         return Evaluation(loss, S.view(anchors.shape).to(anchors.dtype), cosines)
 
+    @torch.no_grad()
+    def outputs(self, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Pretrained output y and the difference dy at anchors, each [K, n * T, d_out]."""
+        self._check(anchors)
+        x = anchors.detach().to(self._materials.dtype).contiguous()
+        with self._materials.precision.active():
+            y, dy = self._root.forward(x.view(x.shape[0], -1, x.shape[-1]), None)
+        self._root.release()
+        return y, torch.zeros_like(y) if dy is None else dy
+
     def _sweeps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         root, similarity = self._root, self._similarity
         y, dy = root.forward(x, None)

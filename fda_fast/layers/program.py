@@ -31,7 +31,8 @@ For a nonlinear operation y = phi(x) with Jacobian J the four methods are
 and parameters of phi count among its inputs: their fine-tuned values enter the fine-tuned branch,
 their M enters the tangent.
 
-Adaptation (fitting one set of weights to anchors) is first order: ``forward`` as above, then
+Adaptation (fitting one set of weights to anchors) is first order: ``forward`` as above, or with one
+set of weights and no difference at all where float32 products make that exact enough, then
 
 5. ``adjoint``   b_y -> b_x: the cotangent of the fine-tuned branch; parameters receive gradients.
 
@@ -86,7 +87,7 @@ class Node:
         raise NotImplementedError
 
     def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
-        """Cotangent of the fine-tuned branch at the input; sets ``Parameter.grad`` on the way."""
+        """Cotangent of the fine-tuned branch at the input; fills ``Parameter.grad`` on the way."""
         raise NotImplementedError
 
     def parameters(self) -> list[Parameter]:

@@ -137,6 +137,7 @@ STACKS = {"swiglu": SwiGLU, "mlp": MLP, "pre_norm": PreNorm, "post_norm": PostNo
 def make_layers(stack: str, tasks: int, ratio: float, dtype=torch.float64, seed=0, **sizes):
     """A pretrained layer and ``tasks`` fine-tuned ones, |tau| = ratio |theta| for each tensor."""
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # biases keep the initialisation of torch
     layer = STACKS[stack](**sizes).to(torch.float64).eval()
     with torch.no_grad():
         for p in layer.parameters():

@@ -1,0 +1,90 @@
+"""Is a program the layer it was recognised from? Checked on a little random input before use."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fda_fast.layers.autograd import AutogradProblem
+from fda_fast.layers.call import call_layer
+from fda_fast.layers.parameter import Materials
+from fda_fast.layers.problem import ProgramProblem
+
+# Two anchors are enough for every operation and every parameter to take part.
+_ANCHORS = 2
+# Relative rounding error of a product's operands.
+_ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
+# A forward of some dozen operations may lose this many times the rounding of one.
+_OUTPUT_FACTOR = 50
+# Autograd's own gradient loses about three roundings of float32 over |dy| / |y|; ten times that.
+_GRADIENT_FACTOR = 30
+
+
+class Mismatch(Exception):
+    """A program and its layer disagree; the message says where and by how much."""
+
+
+@torch.no_grad()
+def verify(
+    problem: ProgramProblem,
+    materials: Materials,
+    pretrained: nn.Module,
+    finetuned: Sequence[nn.Module],
+    shape: tuple[int, ...],
+    distance: str,
+) -> None:
+    """Compare the outputs of both branches, and the gradient of the first task, with the layer's.
+
+    Args:
+        problem: the program.
+        materials: what it was built from.
+        pretrained: the layer.
+        finetuned: the K fine-tuned layers.
+        shape: of the anchors, [n, (T,) d].
+        distance: as the problem's.
+
+    Raises:
+        Mismatch: beyond what rounding explains.
+
+    Cost: two forwards per task and one autograd step, at two anchors.
+    """
+    dtype, device = materials.dtype, materials.device
+    generator = torch.Generator().manual_seed(0)
+    size = (len(finetuned), _ANCHORS, *shape[1:])
+    anchors = torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
+    layers = [_in(dtype, layer) for layer in (pretrained, *finetuned)]
+    rounding = 2**-53 if dtype == torch.float64 else _ROUNDING[materials.precision.name]
+    y, dy = problem.outputs(anchors)
+    moved = 1.0
+    for k, x in enumerate(anchors):
+        expected, tuned = call_layer(layers[0], x), call_layer(layers[k + 1], x)
+        step = (tuned - expected).norm() / expected.norm()
+        slack = _OUTPUT_FACTOR * rounding
+        _compare("output of the pretrained layer", y[k], expected, slack)
+        _compare(f"output of fine-tuned layer {k}", y[k] + dy[k], tuned, slack)
+        if k == 0:
+            moved = float(step)
+    if moved < 1e-6:
+        return  # the layers answer alike; a gradient of float32 autograd would be noise
+    oracle = AutogradProblem(layers[0], layers[1:2], distance=distance)
+    theirs = oracle.evaluate(anchors[:1]).grad[0]
+    ours = problem.evaluate(anchors).grad[0]
+    unit = 2**-53 if dtype == torch.float64 else 2**-24
+    slack = _OUTPUT_FACTOR * rounding + _GRADIENT_FACTOR * unit / moved
+    _compare("gradient of the alignment loss", ours, theirs, min(slack, 0.5))
+
+
+def _compare(what: str, ours: Tensor, theirs: Tensor, slack: float) -> None:
+    error = float((ours.reshape(-1) - theirs.reshape(-1)).norm() / theirs.norm())
+    if not error <= slack:
+        raise Mismatch(f"its program's {what} differs by {error:.1e} (at most {slack:.1e})")
+
+
+def _in(dtype: torch.dtype, layer: nn.Module) -> nn.Module:
+    """The layer in the program's dtype; itself if it is."""
+    if all(p.dtype == dtype for p in layer.parameters()):
+        return layer
+    return copy.deepcopy(layer).to(dtype)
