@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,16 +96,6 @@ def stable_seed(*parts: object) -> int:
     """63 bits that depend on ``parts`` alone, on every machine and in any order of work."""
     text = "\0".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
-
-
-def hash_layer(layer: nn.Module) -> str:
-    """SHA-256 over names, shapes and float32 values of a layer's parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in layer.named_parameters():
-        digest.update(f"{name}\0{list(parameter.shape)}\0".encode())
-        values = parameter.detach().to("cpu", torch.float32).contiguous()
-        digest.update(memoryview(values.numpy().reshape(-1)).cast("B") if values.numel() else b"")
-    return digest.hexdigest()
 
 
 def is_unchanged(pretrained: nn.Module, finetuned: nn.Module) -> bool:
@@ -296,29 +285,3 @@ def adapt_layer(
     display.end()
     first, last = result.history[0].item(), result.history[-1].item()
     return result.layer, (first, last)
-
-
-def check_finite(tensors: Mapping[str, Tensor], whose: str) -> None:
-    """Refuse NaN and Inf, by name.
-
-    Args:
-        tensors: by their names in the checkpoint.
-        whose: "base model", "expert movie".
-
-    Raises:
-        InputError: names the first tensor that holds one, and how many it holds.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        # A sum is finite unless an element is not, or it overflows: then look closer.
-        if math.isfinite(tensor.sum(dtype=torch.float32).item()):
-            continue
-        bad = int((~torch.isfinite(tensor.float())).sum())
-        if bad:
-            raise InputError(
-                f"tensor {name!r} of the {whose}",
-                expected="finite numbers",
-                got=f"{bad} NaN or Inf of {tensor.numel()}",
-                fix="The checkpoint is damaged, or its training diverged.",
-            )

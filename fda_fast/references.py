@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -27,16 +28,16 @@ def cached_snapshot(reference: str) -> Path | None:
 def absolute(reference: str, folder: Path) -> str:
     """A reference seen from ``folder``: both parts of ``path+adapter``, or a cached snapshot."""
     whole = folder / Path(reference).expanduser()
-    if not whole.exists() and "+" in reference:
+    if not os.path.lexists(whole) and "+" in reference:
         return "+".join(absolute(part, folder) for part in reference.split("+", 1))
-    if not whole.exists() and (cached := cached_snapshot(reference)):
+    if not os.path.lexists(whole) and (cached := cached_snapshot(reference)):
         return str(cached)
     return str(whole)
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
     """``path+adapter`` taken apart, unless the whole is a path."""
-    if "+" not in reference or Path(reference).expanduser().exists():
+    if "+" not in reference or os.path.lexists(Path(reference).expanduser()):
         return reference, None
     path, adapter = reference.split("+", 1)
     return path, adapter
@@ -53,7 +54,7 @@ def locate(reference: str, what: str) -> Path:
         InputError: neither; nothing is downloaded.
     """
     path = Path(reference).expanduser()
-    if path.exists():
+    if os.path.lexists(path):  # what is wrong with a broken link is for the reader to say
         return path
     cached = cached_snapshot(reference)
     if cached is not None:

@@ -47,6 +47,7 @@ class WorkDirectory:
     def __init__(self, output: Path) -> None:
         output = Path(os.path.abspath(output))
         self.path = output.parent / (output.name + SUFFIX)
+        self.batch = 0
         self._lock: int | None = None
         self._created = False
 

@@ -1,0 +1,223 @@
+"""A merge made ready: checkpoints opened and matched, layers found, settings resolved."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fda_fast import __version__
+from fda_fast.checkpoints.align import ExpertView, match_expert
+from fda_fast.checkpoints.layout import LayerSpec, ModelLayout
+from fda_fast.checkpoints.reader import Checkpoint
+from fda_fast.config import MergeConfig
+from fda_fast.errors import InputError
+from fda_fast.references import locate, split_reference
+from fda_fast.settings import Settings, choose_preset, requested_scope, resolve, task_names
+
+WHOLE = 16 << 20
+"""Files up to this size are hashed whole, larger ones in samples."""
+SAMPLES, SAMPLE = 1024, 4096
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+)
+"""Files beside the weights that decide the result or are copied to it."""
+
+
+@dataclass
+class Job:
+    """Everything a merge needs to know before it touches weights.
+
+    Attributes:
+        config: what the user wrote.
+        settings: what follows from it.
+        base: the pretrained checkpoint.
+        experts: by task name, in the configuration's order.
+        layout: the base's layers and the tensors outside them.
+        device: where layers are computed.
+        notes: what the user should know.
+    """
+
+    config: MergeConfig
+    settings: Settings
+    base: Checkpoint
+    experts: dict[str, ExpertView]
+    layout: ModelLayout
+    device: torch.device
+    notes: list[str]
+
+    @property
+    def layers(self) -> list[LayerSpec]:
+        """The layers to merge, in order."""
+        return self.layout.layers
+
+    def identity(self, mode: str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What makes this merge the same as another: settings, inputs and versions.
+
+        Paths are not part of it: checkpoints may move between two runs.
+
+        Args:
+            mode: "merge", "construct" or "adapt".
+            extra: anything else that decides the result.
+
+        Cost: reads small files whole and 4 MiB of every large one.
+        """
+        experts = {name: _fingerprints(view.expert) for name, view in self.experts.items()}
+        return {
+            "mode": mode,
+            "settings": self.settings.as_dict(),
+            "base": _fingerprints(self.base),
+            "experts": experts,
+            "order": list(self.experts),
+            "device": self.device.type,
+            "versions": {
+                "fda_fast": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            **(extra or {}),
+        }
+
+    def close(self) -> None:
+        """Release what the checkpoints hold."""
+        self.base.close()
+        for view in self.experts.values():
+            view.expert.close()
+
+
+def prepare(config: MergeConfig, device: str = "auto") -> Job:
+    """Open and check everything, reading headers but no weights.
+
+    Args:
+        config: the merge.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
+
+    Raises:
+        InputError: anything about the inputs that can be known without reading weights.
+    """
+    where = choose_device(device)
+    base = Checkpoint.open(locate(config.base_model, "base_model"), role="base model")
+    if base.adapter is not None:
+        raise InputError(
+            f"base_model {config.base_model}",
+            expected="a whole model",
+            got="a PEFT adapter",
+        )
+    references = [entry.model for entry in config.models]
+    names = task_names(references, [entry.name for entry in config.models])
+    layout = ModelLayout.from_checkpoint(base, scope=requested_scope(config.parameters))
+    if not layout.layers:
+        raise InputError(f"no layers found in the base model {config.base_model}")
+    experts = {
+        name: _open_expert(base, layout, reference, name)
+        for name, reference in zip(names, references, strict=True)
+    }
+    largest = max(layout.layers, key=lambda spec: spec.numel)
+    scope = largest.scope
+    preset = choose_preset(
+        config.parameters.preset,
+        scope=scope,
+        width=largest.width,
+        n_params=largest.numel,
+        model=base.config,
+    )
+    settings = resolve(config, preset, scope)
+    notes = [*layout.notes]
+    for view in experts.values():
+        notes += view.notes
+    return Job(config, settings, base, experts, layout, where, notes)
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a command-line name.
+
+    Raises:
+        InputError: not a device, or not one of this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError("device", expected="auto, cpu, cuda or cuda:N", got=repr(name)) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name}", got="no usable CUDA device", fix="Use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name}", expected=f"below cuda:{torch.cuda.device_count()}", got=name
+        )
+    return device
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's size and content: all of it up to 16 MiB, else 1,024 samples of 4 KiB.
+
+    Samples tell two trainings or two downloads apart, not a change of a few weights by hand; the
+    hashes of whole layers that are kept with the anchors do that.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb", buffering=0) as file:
+        if size <= WHOLE:
+            digest.update(file.read())
+        else:
+            for i in range(SAMPLES):
+                file.seek((size - SAMPLE) * i // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def _fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
+    paths = dict.fromkeys(info.file for info in checkpoint.names.values())
+    folder = checkpoint.directory
+    beside = [folder / name for name in SIDE_FILES] if folder is not None else []
+    return {path.name: fingerprint(path) for path in [*paths, *beside] if path.is_file()}
+
+
+def _open_expert(base: Checkpoint, layout: ModelLayout, reference: str, name: str) -> ExpertView:
+    path, adapter = split_reference(reference)
+    role = f"expert {name}"
+    if adapter is not None:
+        under = locate(path, role)
+        if not os.path.samefile(under, base.path):
+            raise InputError(
+                f"{role}: {reference}",
+                expected=f"an adapter on the base model {base.path}",
+                got=f"one on {under}",
+                fix="Merge the adapter into its model with peft and give the result.",
+            )
+        path = adapter
+    return match_expert(base, Checkpoint.open(locate(path, role), role=role), layout)
+
+
+def missing_space(needed: int, folder: Path) -> int:
+    """Bytes that the file system of ``folder`` lacks for ``needed`` more; 0 if they fit."""
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    return max(0, needed - status.f_bavail * status.f_frsize)
+
+
+def groups_of(tasks: Sequence[str], size: int) -> list[list[str]]:
+    """Tasks in batches of ``size``."""
+    return [list(tasks[i : i + size]) for i in range(0, len(tasks), size)]
