@@ -67,11 +67,11 @@ def find(path: Path, role: str) -> Contents:
             raise InputError(
                 f"the adapter {path} of the {role}", expected=" or ".join(ADAPTER_FILES)
             )
-        return Contents((_inside(path, found[0], role),), None, config, adapter)
+        return Contents((inside(path, found[0], role),), None, config, adapter)
     # The order in which transformers looks.
     for single, index in zip(SINGLE, INDEXED, strict=True):
         if single in found:
-            return Contents((_inside(path, single, role),), None, config, None)
+            return Contents((inside(path, single, role),), None, config, None)
         if index in found:
             weight_map = _read_index(path, index, role)
             files = tuple(dict.fromkeys(weight_map.values()))
@@ -113,7 +113,7 @@ def _present(path: Path, role: str) -> bool:
     return True
 
 
-def _inside(directory: Path, name: Any, role: str) -> Path:
+def inside(directory: Path, name: Any, role: str) -> Path:
     """The path of a file that the directory's own contents name, which must not lead out of it.
 
     Links into the blobs of a Hugging Face cache snapshot are how that cache is built.
@@ -158,7 +158,7 @@ def _read_index(directory: Path, name: str, role: str) -> dict[str, Path]:
         if not leads_out and not os.path.lexists(directory / shard):
             missing.append(repr(shard)[:80])
         else:
-            shards[shard] = _inside(directory, shard, role)
+            shards[shard] = inside(directory, shard, role)
     if missing:
         raise InputError(
             f"the {role} {directory} lacks {len(missing)} of {len(missing) + len(shards)} files "
@@ -186,7 +186,7 @@ def _read_config(directory: Path, role: str) -> dict[str, Any] | None:
 
 
 def _read_object(directory: Path, name: str, role: str) -> dict[str, Any]:
-    file = TensorFile(_inside(directory, name, role), role)
+    file = TensorFile(inside(directory, name, role), role)
     if file.size > _MAX_JSON:
         raise InputError(f"{file.path} of the {role}", expected=f"at most {_MAX_JSON} bytes")
     value = parse_json(file.read_bytes(0, file.size), f"{file.path} of the {role}")

@@ -40,4 +40,4 @@ def _update(digest: hashlib._Hash, tensor: torch.Tensor) -> None:
     digest.update(len(head).to_bytes(8, "little") + head)
     if tensor.numel():
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)

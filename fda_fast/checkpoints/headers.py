@@ -96,16 +96,18 @@ def _tensor_info(file: TensorFile, name: str, entry: Any, start: int) -> TensorI
         raise _corrupt(file, f"printable tensor names of 1 to {_MAX_NAME} characters", repr(name))
     if not isinstance(entry, dict):
         raise _corrupt(file, f"an object for tensor {name!r}", repr(entry)[:80])
-    dtype_name, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
+    dtype_name = entry.get("dtype")
     if not isinstance(dtype_name, str) or not dtype_name.isprintable():
         raise _corrupt(file, f"a dtype for tensor {name!r}", repr(dtype_name)[:80])
     dtype = DTYPES.get(dtype_name)
     check_readable(name, dtype, dtype_name[:40], file.role)
     assert dtype is not None
-    if not _is_sizes(shape):
-        raise _corrupt(file, f"a shape for tensor {name!r}", repr(shape)[:80])
-    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _corrupt(file, f"two offsets for tensor {name!r}", repr(offsets)[:80])
+    shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if shape is None:
+        raise _corrupt(file, f"a shape for tensor {name!r}", repr(entry.get("shape"))[:80])
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        got = repr(entry.get("data_offsets"))[:80]
+        raise _corrupt(file, f"two offsets for tensor {name!r}", got)
     begin, end = offsets
     numel = 1
     for size in shape:
@@ -121,22 +123,22 @@ def _tensor_info(file: TensorFile, name: str, entry: Any, start: int) -> TensorI
             got=f"{file.size} bytes",
             fix="Download or copy it again",
         )
-    return TensorInfo(tuple(shape), dtype, file.path, end - begin, start + begin)
+    return TensorInfo(shape, dtype, file.path, end - begin, start + begin)
 
 
-def _is_sizes(value: Any) -> bool:
-    """A list of whole numbers from 0 whose product fits 62 bits even with the zeros left out."""
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """Whole numbers from 0 whose product fits 62 bits even with the zeros left out, or None."""
     if not isinstance(value, list) or len(value) > 64:
-        return False
+        return None
     product = 1
     for size in value:
         # bool is an int to isinstance; the format has no use for it.
         if type(size) is not int or size < 0:
-            return False
+            return None
         product *= max(size, 1)
         if product >= 1 << 62:
-            return False
-    return True
+            return None
+    return tuple(value)
 
 
 def _check_coverage(file: TensorFile, infos: dict[str, TensorInfo], start: int) -> None:

@@ -146,7 +146,7 @@ def _locate(
     if start not in ranges:
         raise _damaged(file, f"tensor {name!r} at byte {start}, where no entry begins")
     stride = None if tensor.is_contiguous() else tuple(tensor.stride())
-    offset = start + tensor.storage_offset() * size
+    offset = start + int(tensor.storage_offset()) * size
     info = TensorInfo(tuple(tensor.shape), tensor.dtype, file.path, nbytes, offset, stride)
     if info.offset + info.span > start + ranges[start]:
         raise _damaged(file, f"tensor {name!r} beyond its storage of {ranges[start]} bytes")

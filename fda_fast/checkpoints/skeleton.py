@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -39,7 +39,7 @@ def build_skeleton(base: Checkpoint) -> transformers.PreTrainedModel:
         )
     config = _without_dtype(base.config)
     model_type = config.pop("model_type", None) or _guess_model_type(base)
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise InputError(
             f"model_type in {where}",
             expected=f"one that transformers {transformers.__version__} has",
@@ -137,8 +137,9 @@ def _model_class(config: Any, raw: dict[str, Any]) -> type[transformers.PreTrain
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
-    kind = transformers.MODEL_MAPPING[type(config)]
-    return kind[0] if isinstance(kind, (tuple, list)) else kind
+    found = transformers.MODEL_MAPPING[type(config)]
+    kind: Any = found[0] if isinstance(found, tuple) else found
+    return cast("type[transformers.PreTrainedModel]", kind)
 
 
 def _without_dtype(config: dict[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class TensorFile:
         if info.span == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         buffer = torch.empty(info.span, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         stream.seek(info.offset)
         done = 0
         while done < info.span:
