@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 WIDTH = 24
-HEADS = dict(num_attention_heads=4, hidden_size=WIDTH, intermediate_size=40, num_hidden_layers=2)
+HEADS = dict(num_attention_heads=4, num_hidden_layers=2)
 DECODER = dict(**HEADS, num_key_value_heads=2, vocab_size=7, max_position_embeddings=32)
 PLAIN = "fda_fast_test_plain"
 
@@ -46,15 +46,15 @@ class PlainRMSNorm(nn.Module):
 class OpenClipBlock(nn.Module):
     """The structure and arithmetic of open_clip's ResidualAttentionBlock."""
 
-    def __init__(self, batch_first, quick=True):
+    def __init__(self, batch_first, quick=True, width=WIDTH):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(WIDTH)
-        self.attn = nn.MultiheadAttention(WIDTH, 4, batch_first=batch_first)
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, 4, batch_first=batch_first)
         self.ls_1 = nn.Identity()
-        self.ln_2 = nn.LayerNorm(WIDTH)
+        self.ln_2 = nn.LayerNorm(width)
         gelu = transformers.activations.QuickGELUActivation() if quick else nn.GELU()
         self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(WIDTH, 40), gelu=gelu, c_proj=nn.Linear(40, WIDTH))
+            OrderedDict(c_fc=nn.Linear(width, 40), gelu=gelu, c_proj=nn.Linear(40, width))
         )
         self.ls_2 = nn.Identity()
 
@@ -64,57 +64,64 @@ class OpenClipBlock(nn.Module):
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
-def _decoder(module, name, **changes):
-    library = getattr(transformers.models, module)
-    modeling = getattr(library, f"modeling_{module}")
+def _decoder(width, module, name, **changes):
+    modeling = getattr(getattr(transformers.models, module), f"modeling_{module}")
     kind = "Gemma3Text" if name == "Gemma3" else name
-    config = getattr(transformers, f"{kind}Config")(**{**DECODER, **changes})
+    sizes = dict(hidden_size=width, intermediate_size=2 * width)
+    config = getattr(transformers, f"{kind}Config")(**{**DECODER, **sizes, **changes})
     config._attn_implementation = PLAIN if name == "Gemma2" else "sdpa"
     return getattr(modeling, f"{name}DecoderLayer")(config, 1)
 
 
-def _encoder(module, layer, config, **changes):
+def _encoder(width, module, layer, config, **changes):
     modeling = getattr(getattr(transformers.models, module), f"modeling_{module}")
-    config = getattr(transformers, config)(**{**HEADS, **changes})
+    sizes = dict(hidden_size=width, intermediate_size=2 * width)
+    config = getattr(transformers, config)(**{**HEADS, **sizes, **changes})
     config._attn_implementation = "sdpa"
     return getattr(modeling, layer)(config)
 
 
-def _gpt2():
-    config = transformers.GPT2Config(n_embd=WIDTH, n_head=4, n_layer=2, n_inner=40, vocab_size=7)
+def _gpt2(width):
+    config = transformers.GPT2Config(n_embd=width, n_head=4, n_layer=2, n_inner=40)
     config._attn_implementation = "sdpa"
     return transformers.models.gpt2.modeling_gpt2.GPT2Block(config, 0)
 
 
-def _gemma3(layer_type):
+def _gemma3(width, layer_type):
     types = ["full_attention", layer_type]
-    return _decoder("gemma3", "Gemma3", head_dim=8, layer_types=types, sliding_window=3)
+    changes = dict(head_dim=width // 4 + 2, layer_types=types, sliding_window=3)
+    return _decoder(width, "gemma3", "Gemma3", **changes)
+
+
+def _gemma2(width):
+    changes = dict(head_dim=width // 4 + 2, attn_logit_softcapping=2.0)
+    return _decoder(width, "gemma2", "Gemma2", **changes)
 
 
 BLOCKS = {
-    "llama": lambda: _decoder("llama", "Llama"),
-    "llama-bias": lambda: _decoder("llama", "Llama", attention_bias=True, mlp_bias=True),
-    "llama-mlp": lambda: _decoder("llama", "Llama").mlp,
-    "mistral": lambda: _decoder("mistral", "Mistral", sliding_window=3),
-    "qwen2": lambda: _decoder("qwen2", "Qwen2"),
-    "qwen3": lambda: _decoder("qwen3", "Qwen3", head_dim=8),
-    "gemma2": lambda: _decoder("gemma2", "Gemma2", head_dim=8, attn_logit_softcapping=2.0),
-    "gemma2-mlp": lambda: _decoder("gemma2", "Gemma2").mlp,
-    "gemma3-local": lambda: _gemma3("sliding_attention"),
-    "gemma3-global": lambda: _gemma3("full_attention"),
-    "bert": lambda: _encoder("bert", "BertLayer", "BertConfig"),
-    "roberta": lambda: _encoder("roberta", "RobertaLayer", "RobertaConfig"),
+    "llama": lambda w: _decoder(w, "llama", "Llama"),
+    "llama-bias": lambda w: _decoder(w, "llama", "Llama", attention_bias=True, mlp_bias=True),
+    "llama-mlp": lambda w: _decoder(w, "llama", "Llama").mlp,
+    "mistral": lambda w: _decoder(w, "mistral", "Mistral", sliding_window=3),
+    "qwen2": lambda w: _decoder(w, "qwen2", "Qwen2"),
+    "qwen3": lambda w: _decoder(w, "qwen3", "Qwen3", head_dim=w // 4 + 2),
+    "gemma2": _gemma2,
+    "gemma2-mlp": lambda w: _gemma2(w).mlp,
+    "gemma3-local": lambda w: _gemma3(w, "sliding_attention"),
+    "gemma3-global": lambda w: _gemma3(w, "full_attention"),
+    "bert": lambda w: _encoder(w, "bert", "BertLayer", "BertConfig"),
+    "roberta": lambda w: _encoder(w, "roberta", "RobertaLayer", "RobertaConfig"),
     "gpt2": _gpt2,
-    "vit": lambda: _encoder("vit", "ViTLayer", "ViTConfig"),
-    "clip": lambda: _encoder("clip", "CLIPEncoderLayer", "CLIPVisionConfig"),
-    "clip-text": lambda: _encoder("clip", "CLIPEncoderLayer", "CLIPTextConfig"),
-    "dinov2": lambda: _encoder("dinov2", "Dinov2Layer", "Dinov2Config", layerscale_value=0.7),
-    "dinov2-swiglu": lambda: _encoder(
-        "dinov2", "Dinov2Layer", "Dinov2Config", use_swiglu_ffn=True, mlp_ratio=2
+    "vit": lambda w: _encoder(w, "vit", "ViTLayer", "ViTConfig"),
+    "clip": lambda w: _encoder(w, "clip", "CLIPEncoderLayer", "CLIPVisionConfig"),
+    "clip-text": lambda w: _encoder(w, "clip", "CLIPEncoderLayer", "CLIPTextConfig"),
+    "dinov2": lambda w: _encoder(w, "dinov2", "Dinov2Layer", "Dinov2Config", layerscale_value=0.7),
+    "dinov2-swiglu": lambda w: _encoder(
+        w, "dinov2", "Dinov2Layer", "Dinov2Config", use_swiglu_ffn=True, mlp_ratio=2
     ),
-    "siglip": lambda: _encoder("siglip", "SiglipEncoderLayer", "SiglipVisionConfig"),
-    "open_clip": lambda: OpenClipBlock(batch_first=True),
-    "open_clip-sequence-first": lambda: OpenClipBlock(batch_first=False, quick=False),
+    "siglip": lambda w: _encoder(w, "siglip", "SiglipEncoderLayer", "SiglipVisionConfig"),
+    "open_clip": lambda w: OpenClipBlock(batch_first=True, width=w),
+    "open_clip-sequence-first": lambda w: OpenClipBlock(False, quick=False, width=w),
 }
 
 
@@ -129,10 +136,10 @@ def _plain_norms(module):
             _plain_norms(child)
 
 
-def make_blocks(name, tasks, ratio, dtype=torch.float64, seed=0):
+def make_blocks(name, tasks, ratio, dtype=torch.float64, seed=0, width=WIDTH):
     """A pretrained block and fine-tuned ones with |tau| = ratio |theta| for each tensor."""
     generator = torch.Generator().manual_seed(seed)
-    layer = BLOCKS[name]().double().eval()
+    layer = BLOCKS[name](width).double().eval()
 
     def noise(p):
         return torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -155,7 +162,14 @@ def make_blocks(name, tasks, ratio, dtype=torch.float64, seed=0):
     return layers[0], layers[1:]
 
 
-def make_anchors(tasks, anchors, tokens, dtype=torch.float64, seed=1):
+def in_float64(layer):
+    """The same layer, with the same weights, computing in float64 throughout."""
+    wide = copy.deepcopy(layer).double()
+    _plain_norms(wide)
+    return wide
+
+
+def make_anchors(tasks, anchors, tokens, dtype=torch.float64, seed=1, width=WIDTH):
     generator = torch.Generator().manual_seed(seed)
-    shape = (tasks, anchors, tokens, WIDTH)
+    shape = (tasks, anchors, tokens, width)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
