@@ -210,12 +210,21 @@ def _open_expert(base: Checkpoint, layout: ModelLayout, reference: str, name: st
     return match_expert(base, Checkpoint.open(locate(path, role), role=role), layout)
 
 
-def missing_space(needed: int, folder: Path) -> int:
-    """Bytes that the file system of ``folder`` lacks for ``needed`` more; 0 if they fit."""
-    while not folder.exists():
-        folder = folder.parent
-    status = os.statvfs(folder)
-    return max(0, needed - status.f_bavail * status.f_frsize)
+def tasks_per_batch(job: Job) -> int:
+    """How many tasks of the largest layer can be optimised together in half of the free memory.
+
+    Counted per task: weights, task vector, gradient and direction of every parameter, and about
+    sixty buffers of the anchors' size for the four sweeps; all float32.
+    """
+    if not job.settings.optimises:
+        return 1
+    if job.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(job.device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    rows = job.settings.construct.rows
+    per_task = max(4 * (4 * spec.numel + 60 * rows * spec.width) for spec in job.layers)
+    return max(1, min(len(job.experts), free // 2 // per_task))
 
 
 def groups_of(tasks: Sequence[str], size: int) -> list[list[str]]:

@@ -2,10 +2,11 @@
 
 Beside the output, as ``<output>.fda-work``:
 
-    job.json                          what this directory belongs to (see ``WorkDirectory.open``)
-    lock                              held while a process works here
-    anchors/<task>/<layer>.safetensors    finished anchors
-    layers/<layer>.safetensors        finished merged layer; <layer>.json its losses
+    job.json                            what it belongs to (see ``WorkDirectory.open``)
+    lock                                held while a process works here
+    anchors/<task>/<layer>.safetensors  finished anchors
+    layers/<layer>.safetensors          finished merged layer; <layer>.json its losses
+    output/                             the model being written
 
 Every file appears complete or not at all, so a file that is there is finished.
 """
@@ -47,15 +48,17 @@ class WorkDirectory:
     def __init__(self, output: Path) -> None:
         output = Path(os.path.abspath(output))
         self.path = output.parent / (output.name + SUFFIX)
-        self.batch = 0
+        self.batch = 1
         self._lock: int | None = None
         self._created = False
 
-    def open(self, identity: Mapping[str, Any], *, restart: bool = False) -> None:
+    def open(self, identity: Mapping[str, Any], *, batch: int = 1, restart: bool = False) -> None:
         """Lock the directory for this job; create it, or find the job's own earlier work.
 
         Args:
             identity: everything that decides the result, as nested dicts of JSON values.
+            batch: tasks to optimise together. Depends on the memory that is free and may change
+                last bits, so a job keeps the number that it began with.
             restart: throw away whatever work is there.
 
         Raises:
@@ -76,15 +79,17 @@ class WorkDirectory:
             if restart:
                 self._clear()
             if job.exists():
-                self._compare(job, identity)
+                self.batch = self._compare(job, identity)
             elif any(entry.name != "lock" for entry in self.path.iterdir()):
                 raise InputError(
                     f"{self.path} has files but no job.json",
                     fix="It is not a work directory of fda_fast, or a damaged one: remove it.",
                 )
             else:
-                text = json.dumps(identity, indent=1, sort_keys=True)
+                content = {"identity": identity, "batch": batch}
+                text = json.dumps(content, indent=1, sort_keys=True)
                 write_atomically(job, text.encode())
+                self.batch = batch
             for unfinished in self.path.rglob("*.tmp"):
                 unfinished.unlink()
             for folder in ("anchors", "layers"):
@@ -158,10 +163,10 @@ class WorkDirectory:
         record: dict[str, Any] = json.loads(path.read_text())
         return record
 
-    def load_layer(self, layer: str) -> dict[str, Tensor]:
-        """The tensors of a finished layer."""
+    def load_tensor(self, layer: str, name: str) -> Tensor:
+        """One tensor of a finished layer."""
         with safe_open(self.layer_path(layer), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return file.get_tensor(name)
 
     def _acquire(self) -> None:
         while True:
@@ -199,10 +204,12 @@ class WorkDirectory:
             else:
                 entry.unlink()
 
-    def _compare(self, job: Path, identity: Mapping[str, Any]) -> None:
+    def _compare(self, job: Path, identity: Mapping[str, Any]) -> int:
+        """The batch of the work that is there; refuses that of another job."""
         try:
-            before = json.loads(job.read_text())
-        except ValueError:
+            content = json.loads(job.read_text())
+            before, batch = content["identity"], int(content["batch"])
+        except (ValueError, KeyError, TypeError):
             raise InputError(f"{job} is damaged", fix="Use --restart to begin anew.") from None
         now = json.loads(json.dumps(identity))
         differences = list(_differences(before, now))
@@ -213,6 +220,7 @@ class WorkDirectory:
                 f"{self.path} holds the work of another merge ({shown}{more})",
                 fix="Use --restart to throw it away, or choose another output directory.",
             )
+        return batch
 
 
 def file_name(name: str) -> str:

@@ -1,0 +1,269 @@
+"""The command line: fda-fast merge | construct | adapt | plan | inspect."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fda_fast import __version__
+from fda_fast.errors import InputError
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    name="fda-fast",
+    help="Merge fine-tuned models through Functional Dual Anchors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration, in the style of mergekit.")]
+Output = Annotated[Path, typer.Argument(help="Output folder: new, or empty.")]
+Steps = Annotated[int | None, typer.Option(help="Construction steps.")]
+Epochs = Annotated[int | None, typer.Option(help="Adaptation epochs.")]
+StartPoint = Annotated[
+    str | None, typer.Option("--start", help="pretrained, task_arithmetic, tsv or wudi.")
+]
+PresetName = Annotated[str | None, typer.Option("--preset", help="Published settings by name.")]
+Seed = Annotated[int | None, typer.Option(help="Of the anchors and of the shuffling.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any entry of 'parameters'; repeatable."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only errors.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw away the work of earlier runs.")]
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the errors a user can do something about into one line and an exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            _complain(str(error))
+            raise typer.Exit(BAD_INPUT) from None
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                # The reader of our output (head, less) has gone: nothing is wrong.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(0) from None
+            _complain(_describe(error))
+            raise typer.Exit(FAILED) from None
+        except KeyboardInterrupt:
+            _complain("Interrupted. Finished work is kept; the same command goes on from there.")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def _complain(text: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    line = " ".join(text.split())
+    Console(stderr=True, soft_wrap=True).print(Text(f"error: {line}", style="red"))
+
+
+def _describe(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def _overrides(
+    assignments: list[str] | None = None, **given: int | float | str | None
+) -> dict[str, Any]:
+    """Command-line values for the configuration's ``parameters``."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for assignment in assignments or []:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise InputError("--set", expected="KEY=VALUE", got=repr(assignment))
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found[key.strip()] = value
+    return found | {key: value for key, value in given.items() if value is not None}
+
+
+@app.command()
+@_guarded
+def merge(
+    config: ConfigFile,
+    output: Output,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    start: StartPoint = None,
+    preset: PresetName = None,
+    seed: Seed = None,
+    assignments: Assignments = None,
+    device: Device = "auto",
+    keep_anchors: Annotated[
+        bool, typer.Option("--keep-anchors", help="Leave the anchors in OUTPUT/anchors.")
+    ] = False,
+    restart: Restart = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge the models of CONFIG into OUTPUT; run again to go on after an interruption."""
+    from fda_fast.config import load
+    from fda_fast.merge import run
+
+    overrides = _overrides(
+        assignments, steps=steps, epochs=epochs, start=start, preset=preset, seed=seed
+    )
+    report = run(
+        load(config, overrides),
+        output,
+        device=device,
+        restart=restart,
+        keep_anchors=keep_anchors,
+        progress=not quiet,
+    )
+    if not quiet:
+        _print_report(report)
+
+
+@app.command()
+@_guarded
+def construct(
+    config: ConfigFile,
+    output: Annotated[Path, typer.Argument(help="Folder for the anchors: new, or empty.")],
+    steps: Steps = None,
+    preset: PresetName = None,
+    seed: Seed = None,
+    assignments: Assignments = None,
+    device: Device = "auto",
+    restart: Restart = False,
+    quiet: Quiet = False,
+) -> None:
+    """Construct the anchors alone, into OUTPUT/<expert>/<layer>.safetensors."""
+    from fda_fast.config import load
+    from fda_fast.merge import run
+
+    report = run(
+        load(config, _overrides(assignments, steps=steps, preset=preset, seed=seed)),
+        output,
+        mode="construct",
+        device=device,
+        restart=restart,
+        progress=not quiet,
+    )
+    if not quiet:
+        _print_report(report)
+
+
+@app.command()
+@_guarded
+def adapt(
+    config: ConfigFile,
+    anchors: Annotated[Path, typer.Argument(help="Folder that `construct` wrote.")],
+    output: Output,
+    epochs: Epochs = None,
+    start: StartPoint = None,
+    preset: PresetName = None,
+    seed: Seed = None,
+    assignments: Assignments = None,
+    device: Device = "auto",
+    restart: Restart = False,
+    quiet: Quiet = False,
+) -> None:
+    """Adapt to finished ANCHORS and write the merged model to OUTPUT."""
+    from fda_fast.config import load
+    from fda_fast.merge import run
+
+    report = run(
+        load(
+            config,
+            _overrides(assignments, epochs=epochs, start=start, preset=preset, seed=seed),
+        ),
+        output,
+        mode="adapt",
+        anchors=anchors,
+        device=device,
+        restart=restart,
+        progress=not quiet,
+    )
+    if not quiet:
+        _print_report(report)
+
+
+@app.command()
+@_guarded
+def plan(
+    config: ConfigFile,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    start: StartPoint = None,
+    preset: PresetName = None,
+    seed: Seed = None,
+    assignments: Assignments = None,
+    device: Device = "auto",
+) -> None:
+    """Check everything and say what a merge would take, without reading weights."""
+    from fda_fast.config import load
+    from fda_fast.plan import print_plan
+
+    overrides = _overrides(
+        assignments, steps=steps, epochs=epochs, start=start, preset=preset, seed=seed
+    )
+    print_plan(load(config, overrides), device)
+
+
+@app.command()
+@_guarded
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint, an anchors file or folder, or a work directory."),
+    ],
+) -> None:
+    """Show what a checkpoint, an anchors file or a work directory holds."""
+    from fda_fast.inspection import show
+
+    show(path)
+
+
+def _print_report(report: Any) -> None:
+    from rich.console import Console
+
+    from fda_fast.reporting import table
+
+    Console().print(table(report))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fda-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Merge fine-tuned models through Functional Dual Anchors."""
+
+
+def main() -> None:
+    """The ``fda-fast`` command."""
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command has begun, while packages load
+        raise SystemExit(INTERRUPTED) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""merge(): from checkpoints to one merged checkpoint, layer by layer, resumable."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fda_fast.checkpoints.identity import check_differs
+from fda_fast.checkpoints.outputs import check_output
+from fda_fast.config import MergeConfig, parse
+from fda_fast.errors import InputError
+from fda_fast.job import Job, fingerprint, prepare, tasks_per_batch
+from fda_fast.layerwork import LayerResult
+from fda_fast.output import check_room, keeps_layers, publish_anchors, write_model
+from fda_fast.pipeline import process_layer
+from fda_fast.progress import Display, display
+from fda_fast.work import WorkDirectory, explained
+
+Mode = Literal["merge", "construct", "adapt"]
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did.
+
+    Attributes:
+        output: the folder written.
+        layers: results per layer: losses and cosines by task, adaptation loss, times.
+        seconds: time by phase in this run: read, construct, start, adapt, save, write, total.
+        notes: what the user should know.
+        settings: every setting, after presets.
+    """
+
+    output: Path
+    layers: list[LayerResult]
+    seconds: dict[str, float]
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+def merge(
+    pretrained: PathLike,
+    experts: Sequence[PathLike] | Mapping[str, PathLike],
+    output: PathLike,
+    *,
+    start: str = "pretrained",
+    method: str = "fda",
+    dtype: str | None = None,
+    device: str = "auto",
+    keep_anchors: bool = False,
+    restart: bool = False,
+    progress: bool = True,
+    **parameters: Any,
+) -> Report:
+    """Merge fine-tuned models into one, on disk.
+
+    Per layer: read it from the base and every expert, construct anchors for every expert, adapt
+    the layer to all anchors, save it. Then everything is written as one checkpoint that
+    ``from_pretrained`` loads. If the process dies, the same call goes on after the last finished
+    layer (and anchors) and writes the same bytes; unfinished work is in ``<output>.fda-work``.
+
+    Args:
+        pretrained: the base model's folder.
+        experts: folders of fine-tuned models or PEFT adapters; a mapping names them.
+        output: folder to write: new, or empty.
+        start: where adaptation begins: "pretrained" (all weights are trained), or
+            "task_arithmetic", "tsv", "wudi" (elementwise coefficients of task vectors are).
+        method: "fda", or a starting point alone: "task_arithmetic", "tsv", "wudi".
+        dtype: of the written weights: "float32", "bfloat16", "float16"; default the base's.
+        device: "auto", "cpu", "cuda", "cuda:N".
+        keep_anchors: leave the anchors in ``output/anchors/<expert>/<layer>.safetensors``.
+        restart: throw away the unfinished work of an earlier, different merge.
+        progress: show what is going on, on stderr.
+        **parameters: any field of ``config.Parameters``: preset, steps, lr, init, anchors, tokens,
+            epochs, adapt_lr, batch_size, scaling, engine, precision, scope, seed, outside, ...
+
+    Returns:
+        ``Report``.
+
+    Raises:
+        InputError: anything wrong with the input; nothing is written then.
+        OSError: the disk is full, a file cannot be written; finished work is kept.
+
+    Memory: one layer of all models in float32 and its anchors.
+    Source: FDA, arXiv 2510.21223v1; published settings are presets (``fda_fast.presets``).
+    """
+    pairs = experts.items() if isinstance(experts, Mapping) else [(None, e) for e in experts]
+    models = [{"model": os.fspath(path), "name": name} for name, path in pairs]
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": os.fspath(pretrained),
+        "models": models,
+        "parameters": parameters if method != "fda" else {"start": start, **parameters},
+        "out_dtype": dtype,
+    }
+    return run(
+        parse(content, where="merge()"),
+        output,
+        device=device,
+        keep_anchors=keep_anchors,
+        restart=restart,
+        progress=progress,
+    )
+
+
+def run(
+    config: MergeConfig,
+    output: PathLike,
+    *,
+    mode: Mode = "merge",
+    anchors: Path | None = None,
+    device: str = "auto",
+    keep_anchors: bool = False,
+    restart: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Do what a configuration says; ``merge`` and the command line end here.
+
+    Args:
+        config: from ``config.load`` or ``config.parse``.
+        output: folder to write: new, or empty.
+        mode: "merge", "construct" (anchors only) or "adapt" (to finished ``anchors``).
+        anchors: folder of finished anchors, with mode "adapt".
+        device, keep_anchors, restart, progress: as ``merge``.
+
+    Raises:
+        InputError, OSError: as ``merge``.
+    """
+    begun = time.monotonic()
+    target = Path(os.path.abspath(Path(output).expanduser()))
+    check_output(target)
+    job = prepare(config, device)
+    try:
+        if mode != "merge" and not job.settings.optimises:
+            raise InputError(f"merge_method {job.settings.method} has no anchors")
+        check_room(job, target, mode)
+        extra = {"anchors": _folder_identity(anchors)} if anchors is not None else None
+        for view in job.experts.values():
+            check_differs(view, job.layout)
+        with WorkDirectory(target) as work, display(progress) as shown, explained(work):
+            work.open(job.identity(mode, extra), batch=tasks_per_batch(job), restart=restart)
+            for note in job.notes:
+                shown.note(note)
+            layers = _layers(job, work, shown, mode, anchors)
+            writing = time.monotonic()
+            if mode == "construct":
+                publish_anchors(work, target)
+            else:
+                write_model(job, work, target, layers, keep_anchors=keep_anchors)
+            seconds = _total(layers)
+            seconds["write"] = time.monotonic() - writing
+            work.remove()
+    finally:
+        job.close()
+    seconds["total"] = time.monotonic() - begun
+    return Report(target, layers, seconds, job.notes, job.settings.as_dict())
+
+
+def _layers(
+    job: Job, work: WorkDirectory, shown: Display, mode: Mode, anchors: Path | None
+) -> list[LayerResult]:
+    finished = sum(work.is_finished(spec.name) for spec in job.layers)
+    shown.start(len(job.layers), finished)
+    results = []
+    for index, spec in enumerate(job.layers):
+        if not keeps_layers(job):
+            results.append(LayerResult(spec.name))
+            continue
+        result = process_layer(job, work, index, shown, mode=mode, source=anchors)
+        if result.seconds:
+            shown.layer_done()
+        results.append(result)
+    return results
+
+
+def _total(layers: list[LayerResult]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for layer in layers:
+        for phase, spent in layer.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+    return seconds
+
+
+def _folder_identity(folder: Path) -> dict[str, str]:
+    if not folder.is_dir():
+        raise InputError(f"anchors {folder}", expected="a folder that `construct` wrote")
+    files = sorted(folder.glob("*/*.safetensors"))
+    return {str(path.relative_to(folder)): fingerprint(path) for path in files}

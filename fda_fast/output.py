@@ -1,0 +1,172 @@
+"""Writing what a merge came to: the model, its card and report, or the anchors alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from fda_fast.checkpoints.align import check_finite
+from fda_fast.checkpoints.card import hub_name, model_card
+from fda_fast.checkpoints.outputs import check_disk, sync_directory
+from fda_fast.checkpoints.writer import MergedWriter
+from fda_fast.job import Job
+from fda_fast.layerwork import LayerResult
+from fda_fast.startpoint import merged_tensor
+from fda_fast.work import WorkDirectory, file_name
+
+REPORT = "fda_report.json"
+METHODS = {
+    "fda": "Functional Dual Anchors",
+    "task_arithmetic": "Task Arithmetic",
+    "tsv": "TSV-M (Task Singular Vectors)",
+    "wudi": "WUDI",
+    "pretrained": "the pretrained model",
+}
+
+
+def written_dtype(job: Job) -> torch.dtype | None:
+    """The output's dtype, None for the base's own."""
+    dtype: torch.dtype | None = getattr(torch, job.settings.dtype) if job.settings.dtype else None
+    return dtype
+
+
+def check_room(job: Job, target: Path, mode: str) -> int:
+    """Refuse a merge that the disk has no room for, counting its work directory too.
+
+    Args:
+        job: the merge.
+        target: the output.
+        mode: "merge", "construct" or "adapt".
+
+    Returns:
+        The bytes needed.
+
+    Raises:
+        InputError: with the bytes needed and free.
+    """
+    needed = 0
+    if mode != "construct":
+        dtype = written_dtype(job)
+        for info in job.base.names.values():
+            float_here = info.dtype.is_floating_point and dtype is not None
+            needed += info.numel * (dtype.itemsize if float_here and dtype else info.dtype.itemsize)
+        if keeps_layers(job):
+            needed += sum(4 * spec.numel for spec in job.layers)
+    if mode != "adapt" and job.settings.optimises:
+        rows = job.settings.construct.rows
+        needed += sum(4 * rows * spec.width for spec in job.layers) * len(job.experts)
+    check_disk(target, needed)
+    return needed
+
+
+def keeps_layers(job: Job) -> bool:
+    """Whether finished layers go through the work directory; sums are simply computed again."""
+    return job.settings.method != "task_arithmetic"
+
+
+def write_model(
+    job: Job,
+    work: WorkDirectory,
+    target: Path,
+    layers: Sequence[LayerResult],
+    *,
+    keep_anchors: bool = False,
+) -> None:
+    """Write the merged checkpoint; it appears complete or not at all.
+
+    Args:
+        job: the merge.
+        work: with every layer finished.
+        target: the output folder.
+        layers: results, for the report.
+        keep_anchors: move the anchors to ``target/anchors``.
+
+    Raises:
+        InputError: NaN or Inf outside the layers; values that the written dtype cannot hold.
+        OSError: as the operating system says.
+    """
+    scratch = work.path / "output"
+    owner = {name: spec.name for spec in job.layers for name in spec.parameters.values()}
+    config = _public_config(job)
+    with MergedWriter(target, job.layout, dtype=written_dtype(job), scratch=scratch) as writer:
+        for name in writer.names:
+            writer.add(name, _final(job, work, name, owner.get(name)))
+        report = {"settings": job.settings.as_dict(), "notes": job.notes}
+        report["layers"] = [layer.as_record() for layer in layers]
+        (scratch / REPORT).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+        if keep_anchors and job.settings.optimises:
+            shutil.copytree(work.path / "anchors", scratch / "anchors")
+        writer.finish(card=_card(job, config), config_yaml=config)
+
+
+def publish_anchors(work: WorkDirectory, target: Path) -> None:
+    """Let the finished anchors appear as the output folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        target.rmdir()  # empty, or this fails: never overwrite
+    os.rename(work.path / "anchors", target)
+    sync_directory(target.parent)
+
+
+def _final(job: Job, work: WorkDirectory, name: str, layer: str | None) -> Tensor:
+    if layer is not None and keeps_layers(job):
+        return work.load_tensor(layer, name)
+    merged = job.settings.outside == "start" and job.settings.start != "pretrained"
+    if merged or layer is not None:
+        return merged_tensor(job, name)
+    tensor = job.base.read([name])[name]
+    check_finite(name, tensor, job.base.role)
+    return tensor
+
+
+def _card(job: Job, config: str) -> str:
+    settings = job.settings
+    base = hub_name(job.base)
+    method = METHODS[settings.method]
+    if settings.optimises:
+        method += f" from {METHODS[settings.start]}"
+    shown: dict[str, object] = {"start": settings.start, "scope": settings.scope}
+    if settings.optimises:
+        made, fitted = settings.construct, settings.adapt
+        tokens = f" of {made.tokens} tokens" if made.tokens else ""
+        shown |= {
+            "preset": settings.preset,
+            "anchors": f"{made.anchors}{tokens} per layer and expert, from {made.init}",
+            "construction": f"{made.steps} steps, lr {made.lr:g}, {made.distance}",
+            "adaptation": f"{fitted.epochs} epochs, lr {fitted.lr:g}, {fitted.distance}",
+            "seed": made.seed,
+        }
+    title = f"{base} merged with {', '.join(job.experts)}"
+    experts = {name: view.expert for name, view in job.experts.items()}
+    return model_card(title, job.base, experts, method=method, settings=shown, config_yaml=config)
+
+
+def _public_config(job: Job) -> str:
+    """The configuration as YAML that repeats this merge, with names in place of local paths."""
+    given = job.config.parameters.model_dump(exclude_none=True, exclude_defaults=True)
+    models: list[dict[str, Any]] = []
+    for entry, (name, view) in zip(job.config.models, job.experts.items(), strict=True):
+        model: dict[str, Any] = {"model": hub_name(view.expert)}
+        if file_name(model["model"].rsplit("/", 1)[-1]) != name:
+            model["name"] = name
+        if entry.parameters.weight is not None:
+            model["parameters"] = {"weight": entry.parameters.weight}
+        models.append(model)
+    content: dict[str, Any] = {
+        "merge_method": job.config.merge_method,
+        "base_model": hub_name(job.base),
+        "models": models,
+        "parameters": {"preset": job.settings.preset, **given} if job.settings.optimises else given,
+        "out_dtype": job.settings.dtype,
+    }
+    if job.settings.preset.startswith("default-"):
+        content["parameters"].pop("preset", None)  # not a name that can be given
+    return yaml.safe_dump({k: v for k, v in content.items() if v}, sort_keys=False)
