@@ -44,15 +44,14 @@ class Attention(Node):
     def forward(self, x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See ``Node.forward``."""
         self._tasks = x.shape[0]
-        dx = torch.zeros_like(x) if dx is None else dx
         y, dy, self._sweeps = attention.forward(
             self._sequences(x),
-            self._sequences(dx),
+            None if dx is None else self._sequences(dx),
             self.heads,
             rope=self.rope,
             precision=self.precision,
         )
-        return self._rows(y), self._rows(dy)
+        return self._rows(y), None if dy is None else self._rows(dy)
 
     def _rows(self, y: Tensor) -> Tensor:
         return y.reshape(self._tasks, -1, y.shape[-1])

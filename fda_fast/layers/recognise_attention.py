@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -36,12 +36,15 @@ class AttentionPart(Part):
 
     Attributes:
         heads: layout, scale, causality.
-        layer: the block, when its rotary tables are to be made; None for no rotary embedding.
+        layer: the block that rotary tables are made for.
+        rotary: whether q and k are rotated.
         q_norm, k_norm: norms over single heads, or None.
     """
 
     heads: Heads
-    layer: nn.Module | None = None
+    # Not compared: a fine-tuned layer's recipe is its pretrained layer's.
+    layer: nn.Module = field(compare=False, repr=False)
+    rotary: bool = False
     q_norm: NormPart | None = None
     k_norm: NormPart | None = None
 
@@ -56,7 +59,7 @@ class AttentionPart(Part):
     def build(self, materials: Materials) -> Node:
         """See ``Part.build``."""
         heads, rope = self.heads, None
-        if self.layer is not None:
+        if self.rotary:
             like = torch.empty(1, materials.tokens, 1, dtype=materials.dtype)
             like = like.to(materials.device)
             rope = tuple(table[0] for table in call.rotary_tables(self.layer, like))
@@ -93,7 +96,7 @@ def find_attention(block: nn.Module, scope: Scope | None, output: Scope | None =
         key_bias = projections.segments[1][1]
         if key_bias is not None:
             projections = replace(projections, without_gradient=(key_bias,))
-    attention = AttentionPart(heads, block if rotary else None, q_norm, k_norm)
+    attention = AttentionPart(heads, block, rotary, q_norm, k_norm)
     return chain(projections, attention, find_linear(output or scope.child(*_OUTPUT)))
 
 

@@ -62,13 +62,13 @@ class Sweeps(Protocol):
 
 def forward(
     x: Tensor,
-    dx: Tensor,
+    dx: Tensor | None,
     heads: Heads,
     *,
     rope: tuple[Tensor, Tensor] | None = None,
     precision: Any = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Sweeps]:
+) -> tuple[Tensor, Tensor | None, Sweeps]:
     """Attention of the pretrained branch, its difference to the fine-tuned one, and what follows.
 
         y = softmax(mask(scale * q k^T)) v      dy = attention(x + dx) - attention(x)
@@ -78,7 +78,7 @@ def forward(
 
     Args:
         x: [N, T, packed], q, k and v of N sequences (tasks times anchors); contiguous.
-        dx: like x; fine-tuned minus pretrained.
+        dx: like x; fine-tuned minus pretrained. None means exactly zero; dy is None then.
         heads: the layout and the kind of attention.
         rope: (cos, sin), each [T, r] with r <= size even: rotary embedding of the first r columns
             of every q and k head, halves paired as Hugging Face's ``rotate_half``.
@@ -103,7 +103,7 @@ def forward(
             expected=f"[N, T, {heads.packed}] for {heads}",
             got=list(x.shape),
         )
-    if dx.shape != x.shape:
+    if dx is not None and dx.shape != x.shape:
         raise InputError("dx of attention", expected=list(x.shape), got=list(dx.shape))
     module = dispatch.implementation("attention", x, backend)
     return module.forward(x, dx, heads, rope=rope, precision=precision)

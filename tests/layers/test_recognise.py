@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from blocks import BLOCKS, WIDTH, OpenClipBlock, make_anchors, make_blocks
 from torch import nn
 
-from fda_fast.layers.autograd import AutogradProblem
+from fda_fast.layers.adaptation import ProgramAdaptation
+from fda_fast.layers.autograd import AutogradAdaptation, AutogradProblem
+from fda_fast.layers.engine import bind
 from fda_fast.layers.parameter import Materials
 from fda_fast.layers.precision import Precision
 from fda_fast.layers.problem import ProgramProblem
@@ -154,3 +156,44 @@ def test_norms_told_apart_whatever_their_weights():
         layer, _ = make_blocks(name, tasks=0, ratio=0.1, dtype=torch.float32)
         offset = recognise(layer).part.parts[0].parts[0].offset
         assert offset == (1.0 if "gemma" in name else 0.0)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "qwen3", "bert", "gpt2", "dinov2", "clip-text"]
+)
+def test_adaptation_equals_autograd(name, distance, merged):
+    layer, finetuned = make_blocks(name, tasks=2, ratio=0.05)
+    tasks = list(zip(make_anchors(2, 4, 5), finetuned, strict=True))
+    ours = ProgramAdaptation(
+        recognise(layer).build,
+        layer,
+        tasks,
+        distance=distance,
+        precision=Precision("fp32"),
+        dtype=torch.float64,
+        merged=merged,
+    )
+    theirs = AutogradAdaptation(layer, tasks, distance=distance)
+    generator = torch.Generator().manual_seed(3)
+    for problem in (ours, theirs):
+        generator.manual_seed(3)
+        for parameter, delta in zip(layer.parameters(), problem.deltas.values(), strict=True):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            delta.copy_(0.02 * noise.view(delta.shape))
+        problem.refresh()
+    index = torch.tensor([7, 0, 3, 5])
+    assert relative(ours.evaluate(index), theirs.evaluate(index)) < 1e-10
+    for one in theirs.parameter_names:
+        got = ours.gradients[one].view_as(theirs.gradients[one])
+        # The gradient of a key bias is zero: compare with that of the key weights.
+        scale = theirs.gradients[one.replace(".bias", ".weight")].norm()
+        assert (got - theirs.gradients[one]).norm() < 1e-10 * scale
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_bind_trusts_every_family(name):
+    layer, finetuned = make_blocks(name, tasks=2, ratio=0.05, dtype=torch.float32)
+    problem = bind(layer, finetuned, shape=(3, 5, WIDTH), engine="program")
+    assert isinstance(problem, ProgramProblem)

@@ -117,6 +117,21 @@ def test_reverse_without_b(draw):
     assert sweeps.reverse(draw(2, 3, 24), draw(2, 3, 24), False)[1] is None
 
 
+@pytest.mark.parametrize("case", ["grouped", "softcap"])
+def test_no_difference_is_none(case, draw):
+    heads = CASES[case]
+    x, t = draw(3, 5, heads.packed), draw(3, 5, heads.packed)
+    g, S, b = (draw(3, 5, heads.query * heads.size) for _ in range(3))
+    results = []
+    for dx in (None, torch.zeros_like(x)):
+        y, dy, sweeps = attention.forward(x, dx, heads, backend="torch")
+        assert (dy is None) if dx is None else not dy.any()
+        results.append([y, sweeps.adjoint(b)])
+        results[-1] += [sweeps.backward(g), sweeps.tangent(t), *sweeps.reverse(S, b, True)]
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other) < 1e-14
+
+
 @pytest.mark.parametrize("size", [1e-1, 1e-4, 1e-7, 1e-12])
 def test_softmax_difference_does_not_cancel(size, draw):
     S, dS = 3 * draw(4, 9), size * draw(4, 9)

@@ -131,12 +131,12 @@ def softmax_difference(S: Tensor, dS: Tensor, P: Tensor) -> Tensor:
 
 def forward(
     x: Tensor,
-    dx: Tensor,
+    dx: Tensor | None,
     heads: Heads,
     *,
     rope: tuple[Tensor, Tensor] | None = None,
     precision: Any = None,
-) -> tuple[Tensor, Tensor, Sweeps]:
+) -> tuple[Tensor, Tensor | None, Sweeps]:
     """See ``fda_fast.ops.attention.forward``."""
     sweeps = Sweeps(x, dx, heads, rope, precision if precision is not None else _Plain)
     y, dy = sweeps.forward()
@@ -144,12 +144,15 @@ def forward(
 
 
 class Sweeps:
-    """One evaluation. Capital letters are score matrices [B, Q, T]; prefix d is f minus 0."""
+    """One evaluation. Capital letters are score matrices [B, Q, T]; prefix d is f minus 0.
+
+    What starts with d is None throughout if dx is None.
+    """
 
     def __init__(
         self,
         x: Tensor,
-        dx: Tensor,
+        dx: Tensor | None,
         heads: Heads,
         rope: tuple[Tensor, Tensor] | None,
         precision: Any,
@@ -158,10 +161,13 @@ class Sweeps:
         self.layout = _Layout(heads, rope)
         self.precision = precision
         self.q, k, v = self.layout.split(x)
-        self.dq, dk, dv = self.layout.split(dx)
-        self.v_mean, self.dv_mean = v.mean(1, keepdim=True), dv.mean(1, keepdim=True)
-        self.v, self.dv = v - self.v_mean, dv - self.dv_mean
-        self.k, self.dk = self._centre_keys(k), self._centre_keys(dk)
+        self.v_mean = v.mean(1, keepdim=True)
+        self.k, self.v = self._centre_keys(k), v - self.v_mean
+        self.dq = self.dk = self.dv = self.dP = None
+        if dx is not None:
+            self.dq, dk, dv = self.layout.split(dx)
+            self.dv_mean = dv.mean(1, keepdim=True)
+            self.dk, self.dv = self._centre_keys(dk), dv - self.dv_mean
 
     def _centre_keys(self, k: Tensor) -> Tensor:
         # Under a softcap a common part of the scores does not drop out.
@@ -170,38 +176,59 @@ class Sweeps:
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         return self.precision.matmul(self.precision.operand(a), self.precision.operand(b))
 
-    def _scores(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-        """Sum of a b^T over pairs (a [B, Q, size], b [B, T, size]), as one product."""
+    def _scores(self, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Sum of a b^T over pairs (a [B, Q, size], b [B, T, size] or None), as one product."""
+        pairs = [pair for pair in pairs if pair[1] is not None]
         a = torch.cat([a for a, _ in pairs], -1) if len(pairs) > 1 else pairs[0][0]
         b = torch.cat([b for _, b in pairs], -1) if len(pairs) > 1 else pairs[0][1]
         return self._product(a, b.transpose(1, 2))
 
-    def _mix(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-        """Sum of A b over pairs (A [B, Q, T], b [B, T, size])."""
-        return sum(self._product(A, b) for A, b in pairs)
+    def _mix(self, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Sum of A b over pairs (A [B, Q, T], b [B, T, size] or None)."""
+        return sum(self._product(A, b) for A, b in pairs if b is not None)
 
-    def _mix_back(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-        """Sum of A^T b over pairs (A [B, Q, T], b [B, Q, size])."""
-        return sum(self._product(A.transpose(1, 2), b) for A, b in pairs)
+    def _mix_back(self, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        """Sum of A^T b over pairs (A [B, Q, T], b [B, Q, size]), either of them possibly None."""
+        return sum(
+            self._product(A.transpose(1, 2), b) for A, b in pairs if A is not None and b is not None
+        )
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor | None]:
         """y and dy, each [N, T, query * size]."""
+        mask = hidden(self.heads, self.tokens, self.q.device)
+        S = self._scores((self.q, self.k)) * self.heads.scale
+        if self.dq is None:
+            self._weigh(S, mask)
+        else:
+            self._weigh_both(S, mask)
+        y = self._mix((self.P, self.v)) + self._spread(self.v_mean)
+        y = self.layout.join_output(y, self.tokens)
+        if self.dq is None:
+            return y, None
+        dy = self._mix((self.dP, self.v), (self.P + self.dP, self.dv)) + self._spread(self.dv_mean)
+        return y, self.layout.join_output(dy, self.tokens)
+
+    def _weigh(self, S: Tensor, mask: Tensor | None) -> None:
+        """P from the raw scores, where nothing differs."""
+        if self.heads.softcap is not None:
+            self.tanh = self.tanh_f = torch.tanh(S / self.heads.softcap)
+            self.dtanh = torch.zeros_like(S)
+            S = self.heads.softcap * self.tanh
+        self.P = torch.softmax(S if mask is None else S.masked_fill(mask, -torch.inf), -1)
+
+    def _weigh_both(self, S: Tensor, mask: Tensor | None) -> None:
+        """P and dP from the raw scores."""
         scale, cap = self.heads.scale, self.heads.softcap
-        S = self._scores((self.q, self.k)) * scale
         dS = self._scores((self.dq, self.k), (self.q + self.dq, self.dk)) * scale
         if cap is not None:
             # tanh(a + d) - tanh(a) = tanh(d) (1 - tanh(a) tanh(a + d))
             self.tanh, self.tanh_f = torch.tanh(S / cap), torch.tanh((S + dS) / cap)
             self.dtanh = torch.tanh(dS / cap) * (1 - self.tanh * self.tanh_f)
             S, dS = cap * self.tanh, cap * self.dtanh
-        mask = hidden(self.heads, self.tokens, S.device)
         if mask is not None:
             S, dS = S.masked_fill(mask, -torch.inf), dS.masked_fill(mask, 0)
         self.P = torch.softmax(S, -1)
         self.dP = softmax_difference(S, dS, self.P)
-        y = self._mix((self.P, self.v)) + self._spread(self.v_mean)
-        dy = self._mix((self.dP, self.v), (self.P + self.dP, self.dv)) + self._spread(self.dv_mean)
-        return self.layout.join_output(y, self.tokens), self.layout.join_output(dy, self.tokens)
 
     def _spread(self, mean: Tensor) -> Tensor:
         return mean.expand(-1, self.layout.group * self.tokens, -1)
@@ -244,12 +271,14 @@ class Sweeps:
         """
         scale = self.heads.scale
         S, b = self.layout.split_output(S), self.layout.split_output(b)
-        P_f = self.P + self.dP
-        A_f = self._scores((b, self.v + self.dv))
+        P_f = _sum(self.P, self.dP)
+        A_f = self._scores((b, _sum(self.v, self.dv)))
         A_f = A_f - _mean(P_f, A_f)
         Z = self._scores((S, self.v), (b, self.dv), (self.g, self.tv)) + self.tS * self.A
-        D = self.dP * A_f
-        W = self.P * (Z - _mean(self.P, Z) - D.sum(-1, keepdim=True)) + D
+        W = self.P * (Z - _mean(self.P, Z))
+        if self.dP is not None:
+            D = self.dP * A_f
+            W += D - self.P * D.sum(-1, keepdim=True)
         bS = P_f * A_f
         W, bR = self._uncap_reverse(W, bS)
         W, bR, gR = W * scale, bR * scale, self._score_cotangent()
@@ -263,8 +292,8 @@ class Sweeps:
     def adjoint(self, b: Tensor) -> Tensor:
         """b_x [N, T, packed]."""
         b = self.layout.split_output(b)
-        P_f = self.P + self.dP
-        A_f = self._scores((b, self.v + self.dv))
+        P_f = _sum(self.P, self.dP)
+        A_f = self._scores((b, _sum(self.v, self.dv)))
         bS = P_f * (A_f - _mean(P_f, A_f))
         if self.heads.softcap is not None:
             bS = bS * (1 - self.tanh_f.square())
@@ -272,8 +301,8 @@ class Sweeps:
 
     def _finetuned_cotangent(self, bR: Tensor, P_f: Tensor, b: Tensor) -> Tensor:
         return self.layout.join(
-            self._mix((bR, self.k + self.dk)),
-            self._mix_back((bR, self.q + self.dq)),
+            self._mix((bR, _sum(self.k, self.dk))),
+            self._mix_back((bR, _sum(self.q, self.dq))),
             self._mix_back((P_f, b)),
         )
 
@@ -297,3 +326,7 @@ class Sweeps:
 def _mean(P: Tensor, A: Tensor) -> Tensor:
     """Row means of A under P, [B, Q, 1]."""
     return (P * A).sum(-1, keepdim=True)
+
+
+def _sum(a: Tensor, da: Tensor | None) -> Tensor:
+    return a if da is None else a + da
