@@ -12,7 +12,7 @@ _CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 def hub_name(checkpoint: Checkpoint) -> str:
-    """What a checkpoint is called in public: its hub id if it lies in a hub cache, else its directory name.
+    """A checkpoint's public name: its hub id if it lies in a hub cache, else its directory's name.
 
     A path of this machine is never given away. config.json's ``_name_or_path`` is no help: in a
     fine-tune it names the model it was made from.

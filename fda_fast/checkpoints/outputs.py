@@ -39,12 +39,9 @@ SIDE_FILES = (
     "NOTICE",
 )
 # What a directory under construction may hold.
-_OURS = re.compile(
-    "|".join(
-        [r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", r"config\.json", r"README\.md"]
-        + [r"fda_config\.yml", *(re.escape(name.split("/")[0]) for name in SIDE_FILES)]
-    )
-)
+_FIXED = (r"config\.json", r"README\.md", r"fda_config\.yml")
+_SHARD = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+_OURS = re.compile("|".join([_SHARD, *_FIXED, *(re.escape(n.split("/")[0]) for n in SIDE_FILES)]))
 # Room for what is written beside the weights, and for file systems that are never quite full.
 _MARGIN = 64 << 20
 

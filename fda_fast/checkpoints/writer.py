@@ -45,8 +45,9 @@ class MergedWriter:
         layout: the base model: its names, shapes, dtypes, config and tokenizer are taken over.
         dtype: of floating point tensors; None keeps the base's dtype tensor by tensor.
         shard_size: most bytes per shard: 5_000_000_000, "5GB", "500MB", "2GiB".
-        scratch: the directory to build in, on the file system of ``output``; default
-            ".<name>.partial" beside it.
+        scratch: a directory of the caller's to build in, on the file system of ``output``, that
+            is removed if it exists; default ".<name>.partial" beside the output, which is only
+            removed if a run of ours left it.
 
     Attributes:
         names: the base's names of every tensor to add, in the order of the files. Tied tensors
@@ -85,7 +86,10 @@ class MergedWriter:
         self._places: dict[str, tuple[Path, int]] = {}
         self._added: set[str] = set()
         self._shards = shard_names(self._sizes, parse_size(shard_size))
-        clear_scratch(self._scratch)
+        if scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        else:
+            clear_scratch(self._scratch)
         self._scratch.mkdir(parents=True)
         try:
             for shard, names in self._shards.items():
