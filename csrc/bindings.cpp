@@ -46,9 +46,9 @@ void use_isa(const std::string& isa) {
   throw py::value_error("instruction set " + isa + " cannot run here");
 }
 
-std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  for (const Kernels* table : usable()) names.emplace_back(table->isa);
+py::list isas() {
+  py::list names;
+  for (const Kernels* table : usable()) names.append(table->isa);
   return names;
 }
 
@@ -102,11 +102,11 @@ PYBIND11_MODULE(_C, m) {
       "b", "S_x", "b_x", "threads");
 
   def(m, "adamw_step", &Kernels::adamw_step, "tasks", "n", "anchors", "grad", "exp_avg",
-      "exp_avg_sq", "loss", "best_loss", "best", "beta2", "gain1", "gain2", "step_size", "root", "eps",
-      "decay", "threads");
+      "exp_avg_sq", "loss", "best_loss", "best", "beta2", "gain1", "gain2", "step_size", "root",
+      "eps", "decay", "threads");
   def(m, "coefficients_update", &Kernels::coefficients_update, "tasks", "n", "alpha", "tau",
-      "grad", "exp_avg", "exp_avg_sq", "delta", "beta2", "gain1", "gain2", "step_size", "root", "eps",
-      "threads");
+      "grad", "exp_avg", "exp_avg_sq", "delta", "beta2", "gain1", "gain2", "step_size", "root",
+      "eps", "threads");
 
 #if defined(FDA_CUDA_ARCHS)
   m.attr("CUDA_ARCHS") = FDA_CUDA_ARCHS;

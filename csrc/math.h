@@ -123,7 +123,7 @@ FDA_FN Normal normal(float x) {
 // Phi(x + dx) - Phi(x): midpoint Taylor series for |dx| < 1/4, difference of the tails beyond.
 FDA_FN float normal_cdf_difference(float x, float dx, Normal at, Normal at_f) {
   const float m = x + 0.5f * dx;
-  const float m2 = m * m;
+  const float m2 = m * m < 200.0f ? m * m : 200.0f;  // the density is 0 long before; no overflow
   const float d2 = dx * dx;
   const float pdf = 0.398942280f * exp_negative(0.5f * m2).exp;
   const float fourth = (m2 * m2 - 6.0f * m2 + 3.0f) * (d2 * d2) * (1.0f / 1920.0f);
@@ -170,9 +170,10 @@ FDA_FN Argument gate_argument_difference(float x, float dx) {
   if constexpr (K == Kind::quick_gelu) return {1.702f * dx, 0.0f, 0.0f};
   const float z = tanh_domain(x);
   const float w = tanh_domain(x + dx);
+  const float dz = (z == x && w == x + dx) ? dx : w - z;
   // z^2 + z w + w^2 is never negative: nothing cancels.
-  return {kTanhScale * dx * (1.0f + kTanhCubic * (z * z + z * w + w * w)),
-          kTanhScale * 3.0f * kTanhCubic * dx * (z + w), 0.0f};
+  return {kTanhScale * dz * (1.0f + kTanhCubic * (z * z + z * w + w * w)),
+          kTanhScale * 3.0f * kTanhCubic * dz * (z + w), 0.0f};
 }
 
 struct Derivatives {
@@ -237,8 +238,10 @@ FDA_FN Differences differences(float x, float dx) {
     const float dslope = ds * (l.c - l_f.s) * a_f.v1 + slope * da.v1;
     out.phi_f = x_f * l_f.s;
     out.phi1_f = l_f.s + x_f * slope_f;
-    out.dphi = dx * l_f.s + x * ds;
-    out.dphi1 = ds + dx * slope_f + x * dslope;
+    // A large step loses nothing in the plain difference; in the product form its parts cancel.
+    const bool near = dx * dx < 0.0625f;
+    out.dphi = near ? dx * l_f.s + x * ds : out.phi_f - out.phi;
+    out.dphi1 = near ? ds + dx * slope_f + x * dslope : out.phi1_f - out.phi1;
   }
   return out;
 }
