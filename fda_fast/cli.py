@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fda_fast import __version__
 from fda_fast.errors import InputError
+from fda_fast.version import __version__
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -202,6 +202,9 @@ def adapt(
 @_guarded
 def plan(
     config: ConfigFile,
+    output: Annotated[
+        Path | None, typer.Argument(help="Output folder, to check it and its disk too.")
+    ] = None,
     steps: Steps = None,
     epochs: Epochs = None,
     start: StartPoint = None,
@@ -210,14 +213,32 @@ def plan(
     assignments: Assignments = None,
     device: Device = "auto",
 ) -> None:
-    """Check everything and say what a merge would take, without reading weights."""
+    """Check everything and say what a merge would take, without reading the weights."""
+    from rich.console import Console
+
+    from fda_fast.checkpoints.plan import Plan
     from fda_fast.config import load
-    from fda_fast.plan import print_plan
+    from fda_fast.job import free_memory, prepare
+    from fda_fast.output import written_dtype
+    from fda_fast.reporting import plan_view
 
     overrides = _overrides(
         assignments, steps=steps, epochs=epochs, start=start, preset=preset, seed=seed
     )
-    print_plan(load(config, overrides), device)
+    job = prepare(load(config, overrides), device)
+    settings = job.settings
+    found = Plan.of(
+        job.layout,
+        list(job.experts.values()),
+        output,
+        shape=lambda spec: settings.construct.shape(spec.width),
+        steps=settings.construct.steps,
+        epochs=settings.adapt.epochs,
+        dtype=written_dtype(job),
+        device=job.device,
+        gflops=None if settings.optimises else 1.0,
+    )
+    Console().print(plan_view(job, found, free_memory(job.device)))
 
 
 @app.command()

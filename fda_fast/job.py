@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 
-from fda_fast import __version__
 from fda_fast.checkpoints.align import ExpertView, match_expert
 from fda_fast.checkpoints.layout import LayerSpec, ModelLayout
 from fda_fast.checkpoints.reader import Checkpoint
@@ -20,6 +19,7 @@ from fda_fast.config import MergeConfig
 from fda_fast.errors import InputError
 from fda_fast.references import locate, split_reference
 from fda_fast.settings import Settings, choose_preset, requested_scope, resolve, task_names
+from fda_fast.version import __version__
 
 WHOLE = 16 << 20
 """Files up to this size are hashed whole, larger ones in samples."""
@@ -218,13 +218,22 @@ def tasks_per_batch(job: Job) -> int:
     """
     if not job.settings.optimises:
         return 1
-    if job.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(job.device)
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     rows = job.settings.construct.rows
     per_task = max(4 * (4 * spec.numel + 60 * rows * spec.width) for spec in job.layers)
-    return max(1, min(len(job.experts), free // 2 // per_task))
+    return max(1, min(len(job.experts), free_memory(job.device) // 2 // per_task))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory free where ``device`` computes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # What the kernel could free by dropping caches counts as free; sysconf leaves it out.
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * int(available.split()[1])
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def groups_of(tasks: Sequence[str], size: int) -> list[list[str]]:
