@@ -71,7 +71,7 @@ def init_anchors(
     Raises:
         InputError: unusable shape, scheme, scale or layout, or no eligible row.
 
-    Source: PAPER section 2.4; official utils (init_by_gauss_random, init_by_weights).
+    Source: the paper, section 2.4; official utils (init_by_gauss_random, init_by_weights).
     """
     dims = _check_shape(shape)
     if layout not in ("anchor_first", "token_first"):

@@ -1,4 +1,4 @@
-"""Presets against the published table, retyped here from PAPER 1.3, 2.3 and C.3."""
+"""Presets against the published table, retyped here from the paper's C.3 and the scripts."""
 
 import dataclasses
 import math

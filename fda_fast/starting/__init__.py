@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 SCALING: dict[str, float] = {"task_arithmetic": 0.3, "tsv": 1.0, "wudi": 1.0}
-"""Published factors of the merged task vector in vision (official code); presets hold the others."""
+"""Factors of the merged task vector in the official vision code; ``presets`` hold the others."""
 
 
 def merge_tensor(
