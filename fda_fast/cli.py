@@ -214,13 +214,11 @@ def plan(
     device: Device = "auto",
 ) -> None:
     """Check everything and say what a merge would take, without reading the weights."""
-    from rich.console import Console
-
     from fda_fast.checkpoints.plan import Plan
     from fda_fast.config import load
     from fda_fast.job import free_memory, prepare
     from fda_fast.output import written_dtype
-    from fda_fast.reporting import plan_view
+    from fda_fast.reporting import console, plan_view
 
     overrides = _overrides(
         assignments, steps=steps, epochs=epochs, start=start, preset=preset, seed=seed
@@ -238,7 +236,7 @@ def plan(
         device=job.device,
         gflops=None if settings.optimises else 1.0,
     )
-    Console().print(plan_view(job, found, free_memory(job.device)))
+    console().print(plan_view(job, found, free_memory(job.device)))
 
 
 @app.command()
@@ -256,11 +254,9 @@ def inspect(
 
 
 def _print_report(report: Any) -> None:
-    from rich.console import Console
+    from fda_fast.reporting import console, table
 
-    from fda_fast.reporting import table
-
-    Console().print(table(report))
+    console().print(table(report))
 
 
 def _version(asked: bool) -> None:

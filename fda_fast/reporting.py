@@ -1,17 +1,33 @@
-"""The table printed when a merge is done."""
+"""The tables printed before and after a merge."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from fda_fast.progress import clock
 
 if TYPE_CHECKING:
+    from fda_fast.checkpoints.plan import Plan
+    from fda_fast.job import Job
     from fda_fast.merge import Report
+
+
+def console() -> Console:
+    """Standard output; in a pipe or a file wide enough that nothing is cut."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+def size(count: int) -> str:
+    """Bytes for people: "312 kB", "4.71 GB"."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
 
 
 def table(report: Report) -> Group:
@@ -46,3 +62,48 @@ def _layers(report: Report) -> Table:
         seconds = f"{sum(layer.seconds.values()):.1f}" if layer.seconds else "earlier"
         shown.add_row(layer.layer, f"{loss:.4f}", f"{cosine:.3f}", fitted, seconds)
     return shown
+
+
+def plan_view(job: Job, plan: Plan, free: int) -> Group:
+    """What ``fda-fast plan`` prints: layers, settings, memory, disk, time and notes.
+
+    Args:
+        job: the merge.
+        plan: its estimates.
+        free: bytes of memory free on the device that computes.
+    """
+    settings, made, fitted = job.settings, job.settings.construct, job.settings.adapt
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("layer", "kind"):
+        shown.add_column(heading)
+    for heading in ("parameters", "anchors", "memory", "GFLOP/step", "time"):
+        shown.add_column(heading, justify="right")
+    for row in plan.rows:
+        shown.add_row(
+            row.layer,
+            row.kind,
+            f"{row.parameters:,}",
+            str(list(row.anchors)) if settings.optimises else "-",
+            size(row.memory_bytes),
+            f"{row.gflop_per_step:,.3g}" if settings.optimises else "-",
+            clock(row.seconds) if settings.optimises else "-",
+        )
+    lines = [
+        f"experts: {', '.join(job.experts)}",
+        f"method: {settings.method}, start {settings.start}, tensors outside the layers from "
+        f"{settings.outside}, device {job.device}",
+    ]
+    if settings.optimises:
+        lines += [
+            f"preset: {settings.preset}; {made.steps} steps at lr {made.lr:g}, {made.distance}, "
+            f"from {made.init}; {fitted.epochs} epochs at lr {fitted.lr:g}, batch "
+            f"{fitted.batch_size}, {fitted.distance}",
+            f"time: about {clock(plan.seconds)} at {plan.gflops:,.0f} GFLOP/s, within a factor "
+            "of 2 to 3",
+        ]
+    lines.append(f"memory: about {size(plan.memory_bytes)} at once, {size(free)} free")
+    lines.append(f"disk: {size(plan.disk_bytes)}, the work beside the output included")
+    if plan.memory_bytes > free:
+        lines.append("note: more memory than is free: fewer experts are worked on at once")
+    lines += [f"note: {note}" for note in job.notes]
+    return Group(shown, *map(Text, lines))
