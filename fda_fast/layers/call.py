@@ -136,7 +136,7 @@ def layer_config(layer: nn.Module) -> Any:
 
 
 def causal_mask(layer: nn.Module, x: Tensor) -> Tensor:
-    """Additive mask [1, 1, T, T]: 0 where a query may look, the lowest number elsewhere.
+    """Additive mask [n, 1, T, T]: 0 where a query may look, the lowest number elsewhere.
 
     Passed explicitly because eager attention ignores ``is_causal``, and sdpa's own causal path
     knows no sliding window.
@@ -149,7 +149,8 @@ def causal_mask(layer: nn.Module, x: Tensor) -> Tensor:
     if window is not None:
         seen &= distance < window
     mask = torch.zeros(1, 1, tokens, tokens, dtype=x.dtype, device=x.device)
-    return mask.masked_fill(~seen, torch.finfo(x.dtype).min)
+    mask = mask.masked_fill(~seen, torch.finfo(x.dtype).min)
+    return mask.expand(x.shape[0], -1, -1, -1)  # CLIP before transformers 4.5x checks the shape
 
 
 def wants_rotary_tables(layer: nn.Module) -> bool:
@@ -157,13 +158,16 @@ def wants_rotary_tables(layer: nn.Module) -> bool:
     return any(name in _ROTARY for name in inspect.signature(layer.forward).parameters)
 
 
-def rotary_tables(layer: nn.Module, x: Tensor, *, local: bool = False) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    layer: nn.Module, x: Tensor, *, local: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [1, T, head_dim], of positions 0..T-1, as the layer's library makes them.
 
     Args:
         layer: a Hugging Face decoder block.
         x: [n, T, d]; gives T, dtype and device.
-        local: for Gemma 3 of transformers < 5: the tables of its sliding-window layers.
+        local: for Gemma 3 of transformers < 5, whose layers are given two tables: the one of its
+            sliding-window layers, or the other. Default: the one the layer uses.
 
     Raises:
         InputError: no config on the layer, or no rotary module beside its class.
@@ -186,6 +190,9 @@ def rotary_tables(layer: nn.Module, x: Tensor, *, local: bool = False) -> tuple[
             got="no config" if config is None else f"none in {type(layer).__module__}",
             fix="Wrap the layer in a module that passes them itself",
         )
+    if local is None:
+        handed = inspect.signature(layer.forward).parameters
+        local = "position_embeddings_local" in handed and sliding_window(layer) is not None
     if local:
         config = copy.deepcopy(config)
         config.rope_theta = config.rope_local_base_freq
@@ -227,7 +234,7 @@ def call_keywords(layer: nn.Module, x: Tensor) -> dict[str, Any]:
             elif required:
                 keywords[name] = None
         elif name in _ROTARY:
-            keywords[name] = rotary_tables(layer, x)
+            keywords[name] = rotary_tables(layer, x, local=False)
         elif name == "position_embeddings_local":
             keywords[name] = rotary_tables(layer, x, local=True)
         elif name == "position_ids" and required:
