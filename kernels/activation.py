@@ -186,7 +186,7 @@ def reverse(kind, x, dx, g, t, S, b, need_b):
             x.numel(),
             KIND=kind,
             HAS_DX=dx is not None,
-            HAS_T=t is not None,
+            HAS_T=t is not None and g is not None,
             HAS_B_X=need_b,
             BLOCK=one.block,
             **one.options(),

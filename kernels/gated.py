@@ -211,7 +211,7 @@ def reverse(kind, x, dx, g, t, S, b, need_b):
         True,
         KIND=kind,
         HAS_DX=dx is not None,
-        HAS_T=t is not None,
+        HAS_T=t is not None and g is not None,
         HAS_B_X=need_b,
     )
     return S_x, b_x

@@ -16,13 +16,15 @@ import triton.language as tl
 @triton.jit
 def expm1(x):
     """exp(x) - 1 to float32 accuracy; Taylor to degree 7 inside |x| < 0.35."""
-    series = 1.0 + x * (1.0 / 7.0)
-    series = 1.0 + x * (1.0 / 6.0) * series
-    series = 1.0 + x * (1.0 / 5.0) * series
-    series = 1.0 + x * (1.0 / 4.0) * series
-    series = 1.0 + x * (1.0 / 3.0) * series
-    series = 1.0 + x * 0.5 * series
-    return tl.where(tl.abs(x) < 0.35, x * series, tl.exp(x) - 1.0)
+    near = tl.abs(x) < 0.35
+    a = tl.where(near, x, 0.0)
+    series = 1.0 + a * (1.0 / 7.0)
+    series = 1.0 + a * (1.0 / 6.0) * series
+    series = 1.0 + a * (1.0 / 5.0) * series
+    series = 1.0 + a * (1.0 / 4.0) * series
+    series = 1.0 + a * (1.0 / 3.0) * series
+    series = 1.0 + a * 0.5 * series
+    return tl.where(near, a * series, tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -86,12 +88,15 @@ def normal_pdf(x):
 @triton.jit
 def normal_cdf_difference(x, dx, cdf, cdf_f):
     """Phi(x + dx) - Phi(x): midpoint Taylor series for |dx| < 0.25, plain beyond."""
-    m = x + 0.5 * dx
+    near = tl.abs(dx) < 0.25
+    h = tl.where(near, dx, 0.0)
+    # The density is zero beyond 20; powers of m must not overflow.
+    m = tl.minimum(tl.maximum(x + 0.5 * h, -20.0), 20.0)
     m2 = m * m
-    h2 = dx * dx
+    h2 = h * h
     fourth = (m2 * m2 - 6.0 * m2 + 3.0) * h2 * h2 * (1.0 / 1920.0)
     series = 1.0 + (m2 - 1.0) * h2 * (1.0 / 24.0) + fourth
-    return tl.where(tl.abs(dx) < 0.25, dx * normal_pdf(m) * series, cdf_f - cdf)
+    return tl.where(near, h * normal_pdf(m) * series, cdf_f - cdf)
 
 
 @triton.jit
@@ -122,14 +127,17 @@ def derivatives(x, KIND: tl.constexpr):
 
 @triton.jit
 def differences(x, dx, KIND: tl.constexpr):
-    """phi and phi' at x + dx, and their differences to x: phi_f, phi1_f, dphi, dphi1."""
+    """phi and phi' at x + dx, and their differences to x: phi_f, phi1_f, dphi, dphi1.
+
+    Beyond |dx| = 1 the two values differ by themselves, and the plain difference is the better one.
+    """
     x_f = x + dx
+    phi, phi1, _ = derivatives(x, KIND)
+    phi_f, phi1_f, _ = derivatives(x_f, KIND)
     if KIND == "relu":
-        phi, one, _ = derivatives(x, KIND)
-        phi_f, one_f, _ = derivatives(x_f, KIND)
         dphi = tl.where((x > 0) & (x_f > 0), dx, phi_f - phi)
-        return phi_f, one_f, dphi, one_f - one
-    elif KIND == "gelu":
+        return phi_f, phi1_f, dphi, phi1_f - phi1
+    if KIND == "gelu":
         cdf = normal_cdf(x)
         cdf_f = normal_cdf(x_f)
         pdf = normal_pdf(x)
@@ -137,15 +145,26 @@ def differences(x, dx, KIND: tl.constexpr):
         dcdf = normal_cdf_difference(x, dx, cdf, cdf_f)
         dpdf = normal_pdf_difference(x, dx, pdf, pdf_f)
         dphi = dx * cdf_f + x * dcdf
-        return x_f * cdf_f, cdf_f + x_f * pdf_f, dphi, dcdf + dx * pdf_f + x * dpdf
+        dphi1 = dcdf + dx * pdf_f + x * dpdf
     else:
-        v, v1, _ = gate_argument(x, KIND)
+        v, _, _ = gate_argument(x, KIND)
+        v_f, v1_f, _ = gate_argument(x_f, KIND)
         dv, dv1 = gate_argument_difference(x, dx, KIND)
         s, q = logistic(v)
-        s_f, q_f = logistic(v + dv)
+        s_f, q_f = logistic(v_f)
         ds = logistic_difference(s, q, s_f, q_f, dv)
-        v1_f = v1 + dv1
-        slope_f = s_f * q_f * v1_f
-        dslope = ds * (q - s_f) * v1_f + s * q * dv1
+        # p = s (1 - s) v'
+        dp = ds * (q - s_f) * v1_f + s * q * dv1
         dphi = dx * s_f + x * ds
-        return x_f * s_f, s_f + x_f * slope_f, dphi, ds + dx * slope_f + x * dslope
+        dphi1 = ds + dx * (s_f * q_f * v1_f) + x * dp
+    large = tl.abs(dx) > 1.0
+    dphi = tl.where(large, phi_f - phi, dphi)
+    return phi_f, phi1_f, dphi, tl.where(large, phi1_f - phi1, dphi1)
+
+
+@triton.jit
+def scale_step(rho, variance_step):
+    """rho_f and rho_f - rho, from 1/s_f - 1/s = (s^2 - s_f^2) / (s s_f (s + s_f)), s = 1/rho."""
+    s = 1.0 / rho
+    s_f = tl.sqrt_rn(s * s + variance_step)
+    return 1.0 / s_f, -variance_step / (s * s_f * (s + s_f))
