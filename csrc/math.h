@@ -238,8 +238,9 @@ FDA_FN Differences differences(float x, float dx) {
     const float dslope = ds * (l.c - l_f.s) * a_f.v1 + slope * da.v1;
     out.phi_f = x_f * l_f.s;
     out.phi1_f = l_f.s + x_f * slope_f;
-    // A large step loses nothing in the plain difference; in the product form its parts cancel.
-    const bool near = dx * dx < 0.0625f;
+    // Under the cubic argument the parts of a large step cancel; the plain difference is accurate
+    // there.
+    const bool near = K != Kind::gelu_tanh || dx * dx < 1.0f;
     out.dphi = near ? dx * l_f.s + x * ds : out.phi_f - out.phi;
     out.dphi1 = near ? ds + dx * slope_f + x * dslope : out.phi1_f - out.phi1;
   }
