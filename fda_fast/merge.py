@@ -52,6 +52,7 @@ def merge(
     method: str = "fda",
     dtype: str | None = None,
     device: str = "auto",
+    anchors: PathLike | None = None,
     keep_anchors: bool = False,
     restart: bool = False,
     progress: bool = True,
@@ -73,6 +74,8 @@ def merge(
         method: "fda", or a starting point alone: "task_arithmetic", "tsv", "wudi".
         dtype: of the written weights: "float32", "bfloat16", "float16"; default the base's.
         device: "auto", "cpu", "cuda", "cuda:N".
+        anchors: folder of finished anchors, such as ``keep_anchors`` leaves: only adaptation is
+            done. Anchors do not depend on ``start``, so one set serves every start.
         keep_anchors: leave the anchors in ``output/anchors/<expert>/<layer>.safetensors``.
         restart: throw away the unfinished work of an earlier, different merge.
         progress: show what is going on, on stderr.
@@ -101,6 +104,8 @@ def merge(
     return run(
         parse(content, where="merge()"),
         output,
+        mode="merge" if anchors is None else "adapt",
+        anchors=None if anchors is None else Path(anchors),
         device=device,
         keep_anchors=keep_anchors,
         restart=restart,

@@ -142,6 +142,16 @@ def test_same_settings_give_the_same_bytes_and_seeds_differ(tiny, tmp_path: Path
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 
+def test_one_set_of_anchors_serves_every_start(tiny, tmp_path: Path) -> None:
+    """merge(anchors=...) adapts to kept anchors; equal bytes to a merge that made its own."""
+    kept = small_merge(tiny, tmp_path / "kept", keep_anchors=True).output / "anchors"
+    small_merge(tiny, tmp_path / "own", start="tsv")
+    small_merge(tiny, tmp_path / "shared", start="tsv", anchors=kept)
+    own, shared, first = (tmp_path / x / "model.safetensors" for x in ("own", "shared", "kept"))
+    assert own.read_bytes() == shared.read_bytes()
+    assert own.read_bytes() != first.read_bytes()
+
+
 def test_construct_then_adapt_equals_merge(tiny, tmp_path: Path) -> None:
     small_merge(tiny, tmp_path / "merged")
     content = json.loads(tiny.config(tmp_path).read_text())
