@@ -195,7 +195,10 @@ def file_kind(path: Path, first: bytes) -> str:
         (b"GGUF", "a GGUF file (quantised, for llama.cpp)"),
         (b"version https://git-lfs", "a Git LFS pointer, not the file itself (run: git lfs pull)"),
         (b"\x89HDF", "an HDF5 file (Keras)"),
-        (b"<", "a web page"),
+        (b"<!DOCTYPE", "a web page"),
+        (b"<!doctype", "a web page"),
+        (b"<html", "a web page"),
+        (b"<?xml", "a web page"),
     ):
         if first.startswith(magic):
             return kind
