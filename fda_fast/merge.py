@@ -7,18 +7,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fda_fast.checkpoints.identity import check_differs
-from fda_fast.checkpoints.outputs import check_output
 from fda_fast.config import MergeConfig, parse
 from fda_fast.errors import InputError
-from fda_fast.job import Job, fingerprint, prepare, tasks_per_batch
 from fda_fast.layerwork import LayerResult
-from fda_fast.output import check_room, keeps_layers, publish_anchors, write_model
-from fda_fast.pipeline import process_layer
 from fda_fast.progress import Display, display
 from fda_fast.work import WorkDirectory, explained
+
+if TYPE_CHECKING:
+    from fda_fast.job import Job
 
 Mode = Literal["merge", "construct", "adapt"]
 PathLike = str | os.PathLike[str]
@@ -52,7 +50,7 @@ def merge(
     method: str = "fda",
     dtype: str | None = None,
     device: str = "auto",
-    anchors: PathLike | None = None,
+    anchors_from: PathLike | None = None,
     keep_anchors: bool = False,
     restart: bool = False,
     progress: bool = True,
@@ -74,7 +72,7 @@ def merge(
         method: "fda", or a starting point alone: "task_arithmetic", "tsv", "wudi".
         dtype: of the written weights: "float32", "bfloat16", "float16"; default the base's.
         device: "auto", "cpu", "cuda", "cuda:N".
-        anchors: folder of finished anchors, such as ``keep_anchors`` leaves: only adaptation is
+        anchors_from: folder of finished anchors, such as ``keep_anchors`` leaves: only adaptation is
             done. Anchors do not depend on ``start``, so one set serves every start.
         keep_anchors: leave the anchors in ``output/anchors/<expert>/<layer>.safetensors``.
         restart: throw away the unfinished work of an earlier, different merge.
@@ -104,8 +102,8 @@ def merge(
     return run(
         parse(content, where="merge()"),
         output,
-        mode="merge" if anchors is None else "adapt",
-        anchors=None if anchors is None else Path(anchors),
+        mode="merge" if anchors_from is None else "adapt",
+        anchors=None if anchors_from is None else Path(anchors_from),
         device=device,
         keep_anchors=keep_anchors,
         restart=restart,
@@ -136,6 +134,12 @@ def run(
     Raises:
         InputError, OSError: as ``merge``.
     """
+    # Not at the top: they load transformers, which `import fda_fast` should not wait for.
+    from fda_fast.checkpoints.identity import check_differs
+    from fda_fast.checkpoints.outputs import check_output
+    from fda_fast.job import prepare, tasks_per_batch
+    from fda_fast.output import check_room, publish_anchors, write_model
+
     begun = time.monotonic()
     target = Path(os.path.abspath(Path(output).expanduser()))
     check_output(target)
@@ -169,6 +173,9 @@ def run(
 def _layers(
     job: Job, work: WorkDirectory, shown: Display, mode: Mode, anchors: Path | None
 ) -> list[LayerResult]:
+    from fda_fast.output import keeps_layers
+    from fda_fast.pipeline import process_layer
+
     finished = sum(work.is_finished(spec.name) for spec in job.layers)
     shown.start(len(job.layers), finished)
     results = []
@@ -192,6 +199,8 @@ def _total(layers: list[LayerResult]) -> dict[str, float]:
 
 
 def _folder_identity(folder: Path) -> dict[str, str]:
+    from fda_fast.job import fingerprint
+
     if not folder.is_dir():
         raise InputError(f"anchors {folder}", expected="a folder that `construct` wrote")
     files = sorted(folder.glob("*/*.safetensors"))

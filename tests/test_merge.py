@@ -143,10 +143,10 @@ def test_same_settings_give_the_same_bytes_and_seeds_differ(tiny, tmp_path: Path
 
 
 def test_one_set_of_anchors_serves_every_start(tiny, tmp_path: Path) -> None:
-    """merge(anchors=...) adapts to kept anchors; equal bytes to a merge that made its own."""
+    """merge(anchors_from=...) adapts to kept anchors; equal bytes to a merge that made its own."""
     kept = small_merge(tiny, tmp_path / "kept", keep_anchors=True).output / "anchors"
     small_merge(tiny, tmp_path / "own", start="tsv")
-    small_merge(tiny, tmp_path / "shared", start="tsv", anchors=kept)
+    small_merge(tiny, tmp_path / "shared", start="tsv", anchors_from=kept)
     own, shared, first = (tmp_path / x / "model.safetensors" for x in ("own", "shared", "kept"))
     assert own.read_bytes() == shared.read_bytes()
     assert own.read_bytes() != first.read_bytes()
