@@ -72,8 +72,8 @@ def merge(
         method: "fda", or a starting point alone: "task_arithmetic", "tsv", "wudi".
         dtype: of the written weights: "float32", "bfloat16", "float16"; default the base's.
         device: "auto", "cpu", "cuda", "cuda:N".
-        anchors_from: folder of finished anchors, such as ``keep_anchors`` leaves: only adaptation is
-            done. Anchors do not depend on ``start``, so one set serves every start.
+        anchors_from: folder of finished anchors, such as ``keep_anchors`` leaves: only adaptation
+            is done. Anchors do not depend on ``start``, so one set serves every start.
         keep_anchors: leave the anchors in ``output/anchors/<expert>/<layer>.safetensors``.
         restart: throw away the unfinished work of an earlier, different merge.
         progress: show what is going on, on stderr.

@@ -76,6 +76,8 @@ class WorkDirectory:
         self._acquire()
         try:
             job = self.path / "job.json"
+            for unfinished in self.path.rglob(".*.tmp"):
+                unfinished.unlink()
             if restart:
                 self._clear()
             if job.exists():
@@ -90,8 +92,6 @@ class WorkDirectory:
                 text = json.dumps(content, indent=1, sort_keys=True)
                 write_atomically(job, text.encode())
                 self.batch = batch
-            for unfinished in self.path.rglob("*.tmp"):
-                unfinished.unlink()
             for folder in ("anchors", "layers"):
                 (self.path / folder).mkdir(exist_ok=True)
         except BaseException:
