@@ -124,3 +124,20 @@ def pick(key: tuple, alternatives: tuple[Launch, ...], run: Callable[[Launch], N
             return
         _chosen[key] = min(alternatives, key=lambda one: _milliseconds(run, one))
     run(_chosen[key])
+
+
+def attention(tensor: torch.Tensor, kind: str, tokens: int, size: int, products: str) -> Launch:
+    """Launch of an attention kernel: BLOCK tokens of queries and of keys.
+
+    Args:
+        tensor: on the card that will run it.
+        kind: "forward", "backward", "tangent" or "reverse".
+        tokens: length of the sequences.
+        size: width of a head.
+        products: "ieee" (float32 on the ordinary units) or "tf32" (tensor cores).
+    """
+    if tokens <= 16:
+        return Launch(16, 2 if size <= 64 else 4)
+    if products == "ieee" or kind == "reverse" or size > 64 or tokens <= 32:
+        return Launch(32, 4 if size <= 64 else 8)
+    return Launch(64, 8)
