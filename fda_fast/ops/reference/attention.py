@@ -7,6 +7,8 @@ cotangent of a key head sums over its group by itself.
 Rows of P sum to one, and rows of dP, of tP and of every score cotangent sum to zero. Hence a vector
 common to all keys, or to all values, of a sequence drops out of every product but y = P v, and is
 taken off beforehand: in low precision a common part (a bias, for instance) would drown the rest.
+
+Results go to pooled buffers and are worked on in place; a tensor that is still needed never is.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from fda_fast.ops import memory
 
 if TYPE_CHECKING:
     from fda_fast.ops.attention import Heads
@@ -31,8 +35,12 @@ class _Plain:
         return x
 
     @staticmethod
-    def matmul(a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a, b)
+    def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        return torch.bmm(a, b, out=out)
+
+    @staticmethod
+    def accumulate(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return out.baddbmm_(a, b)
 
 
 class _Layout:
@@ -43,63 +51,84 @@ class _Layout:
         self.rope = rope
         self.group = heads.query // heads.key_value
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, T, packed] -> q [B, Q, size], k and v [B, T, size]."""
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[N, T, packed] -> q [B, Q, size]; k, v [B, T, size] and v's mean, taken off.
+
+        k's mean over T is taken off as well, unless there is a softcap, under which it matters.
+        """
         heads = self.heads
         n, tokens, _ = x.shape
         x = x.view(n, tokens, -1, heads.size)
-        q, k, v = x.split([heads.query, heads.key_value, heads.key_value], dim=2)
         if self.rope is not None:
-            q, k = self._rotate(q), self._rotate(k)
-        return self._stack_queries(q), self._stack(k), self._stack(v)
+            x = self._rotate(x)
+        q, k, v = x.split([heads.query, heads.key_value, heads.key_value], dim=2)
+        v_mean = v.mean(1, keepdim=True)
+        k = self._stack(k, None if heads.softcap is not None else k.mean(1, keepdim=True))
+        return self._stack_queries(q), k, self._stack(v, v_mean), v_mean.view(-1, 1, heads.size)
 
     def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Transpose of ``split`` on cotangents: heads back into packed rows."""
-        q, k, v = self._unstack_queries(q, k.shape[1]), self._unstack(k), self._unstack(v)
+        """Transpose of ``split`` on cotangents: heads back into packed rows [N, T, packed]."""
+        heads, tokens = self.heads, k.shape[1]
+        n = k.shape[0] // heads.key_value
+        out = memory.empty((n, tokens, heads.packed // heads.size, heads.size), k)
+        parts = out.split([heads.query, heads.key_value, heads.key_value], dim=2)
+        parts[0].view(n, tokens, -1, self.group, heads.size).copy_(self._by_token(q, tokens))
+        for part, u in zip(parts[1:], (k, v), strict=True):
+            part.copy_(u.view(n, -1, tokens, heads.size).transpose(1, 2))
         if self.rope is not None:
-            q, k = self._rotate_back(q), self._rotate_back(k)
-        return torch.cat([q, k, v], dim=2).flatten(2)
+            out = self._rotate(out, back=True)
+        return out.flatten(2)
 
     def split_output(self, y: Tensor) -> Tensor:
         """[N, T, query * size] -> [B, Q, size]."""
-        n, tokens, _ = y.shape
-        return self._stack_queries(y.view(n, tokens, self.heads.query, self.heads.size))
+        return self._stack_queries(y.view(*y.shape[:2], self.heads.query, self.heads.size))
 
-    def join_output(self, y: Tensor, tokens: int) -> Tensor:
-        """[B, Q, size] -> [N, T, query * size]."""
-        return self._unstack_queries(y, tokens).flatten(2)
+    def join_output(self, y: Tensor, mean: Tensor, tokens: int) -> Tensor:
+        """y [B, Q, size] + mean [B, 1, size] -> [N, T, query * size]."""
+        y = self._by_token(y, tokens)
+        mean = mean.view(y.shape[0], 1, -1, 1, self.heads.size)
+        return torch.add(y, mean, out=memory.empty(y.shape, y)).flatten(2)
 
-    def _stack(self, k: Tensor) -> Tensor:
-        return k.transpose(1, 2).flatten(0, 1)
+    def _by_token(self, q: Tensor, tokens: int) -> Tensor:
+        """[B, Q, size] -> view [N, T, key_value, group, size]."""
+        q = q.view(-1, self.heads.key_value, self.group, tokens, self.heads.size)
+        return q.permute(0, 3, 1, 2, 4)
 
-    def _unstack(self, k: Tensor) -> Tensor:
-        return k.unflatten(0, (-1, self.heads.key_value)).transpose(1, 2)
+    def _stack(self, k: Tensor, mean: Tensor | None) -> Tensor:
+        """[N, T, key_value, size] - mean -> [B, T, size]."""
+        n, tokens, count, size = k.shape
+        out = memory.empty((n, count, tokens, size), k)
+        k = k.transpose(1, 2)
+        if mean is None:
+            out.copy_(k)
+        else:
+            torch.sub(k, mean.transpose(1, 2), out=out)
+        return out.view(-1, tokens, size)
 
     def _stack_queries(self, q: Tensor) -> Tensor:
         n, tokens, _, size = q.shape
-        q = q.reshape(n, tokens, self.heads.key_value, self.group, size).permute(0, 2, 3, 1, 4)
-        return q.reshape(n * self.heads.key_value, self.group * tokens, size)
+        out = memory.empty((n, self.heads.key_value, self.group, tokens, size), q)
+        by_token = q.view(n, tokens, self.heads.key_value, self.group, size)
+        out.copy_(by_token.permute(0, 2, 3, 1, 4))
+        return out.view(-1, self.group * tokens, size)
 
-    def _unstack_queries(self, q: Tensor, tokens: int) -> Tensor:
-        q = q.view(-1, self.heads.key_value, self.group, tokens, self.heads.size)
-        return q.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    def _rotate(self, x: Tensor, back: bool = False) -> Tensor:
+        """q and k heads of x [N, T, heads, size] times the rotation, or times its transpose.
 
-    def _rotate(self, u: Tensor) -> Tensor:
-        cos, sin, head, tail = self._rotary_parts(u)
-        half = head.shape[-1] // 2
-        turned = torch.cat([-head[..., half:], head[..., :half]], dim=-1)
-        return torch.cat([head * cos + turned * sin, tail], dim=-1)
-
-    def _rotate_back(self, u: Tensor) -> Tensor:
-        cos, sin, head, tail = self._rotary_parts(u)
-        half = head.shape[-1] // 2
-        weighed = head * sin
-        turned = torch.cat([weighed[..., half:], -weighed[..., :half]], dim=-1)
-        return torch.cat([head * cos + turned, tail], dim=-1)
-
-    def _rotary_parts(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        cos, sin = (table.to(u.dtype)[:, None] for table in self.rope)
-        return cos, sin, u[..., : cos.shape[-1]], u[..., cos.shape[-1] :]
+        Forwards the halves (a, b) become (a cos - b sin, b cos + a sin); each half has tables of
+        its own.
+        """
+        cos, sin = (table.to(x.dtype)[:, None] for table in self.rope)
+        half, width = cos.shape[-1] // 2, cos.shape[-1]
+        from_b, from_a = -sin[..., :half], sin[..., half:]
+        if back:
+            from_b, from_a = from_a, from_b
+        out = memory.empty(x.shape, x).copy_(x)
+        turned = slice(0, self.heads.query + self.heads.key_value)
+        a, b = x[:, :, turned, :half], x[:, :, turned, half:width]
+        out[:, :, turned, :half].mul_(cos[..., :half]).addcmul_(b, from_b)
+        out[:, :, turned, half:width].mul_(cos[..., half:]).addcmul_(a, from_a)
+        return out
 
 
 def hidden(heads: Heads, tokens: int, device: torch.device) -> Tensor | None:
@@ -121,12 +150,14 @@ def softmax_difference(S: Tensor, dS: Tensor, P: Tensor) -> Tensor:
     P (e - m) / (1 + m). Rows whose scores move by more than 20 take the plain difference, which
     loses nothing there.
     """
-    centred = dS - (P * dS).sum(-1, keepdim=True)
-    reach = centred.amax(-1, keepdim=True)
-    e = torch.expm1(centred.clamp_max(_LARGE))
-    m = (P * e).sum(-1, keepdim=True)
-    small = P * (e - m) / (1 + m)
-    return torch.where(reach < _LARGE, small, torch.softmax(S + dS, -1) - P)
+    e = torch.sub(dS, _mean(P, dS), out=memory.empty(dS.shape, dS))
+    far = e.amax(-1, keepdim=True) >= _LARGE
+    e.clamp_max_(_LARGE).expm1_()
+    m = _mean(P, e)
+    near = e.sub_(m).mul_(P).div_(1 + m)
+    if S.device.type == "cpu" and not far.any():
+        return near
+    return torch.where(far, torch.softmax(S + dS, -1) - P, near)
 
 
 def forward(
@@ -160,84 +191,79 @@ class Sweeps:
         self.heads, self.tokens = heads, x.shape[1]
         self.layout = _Layout(heads, rope)
         self.precision = precision
-        self.q, k, v = self.layout.split(x)
-        self.v_mean = v.mean(1, keepdim=True)
-        self.k, self.v = self._centre_keys(k), v - self.v_mean
-        self.dq = self.dk = self.dv = self.dP = None
+        self.q, self.k, self.v, self.v_mean = self.layout.split(x)
+        self.dq = self.dk = self.dv = self.dv_mean = self.dP = None
         if dx is not None:
-            self.dq, dk, dv = self.layout.split(dx)
-            self.dv_mean = dv.mean(1, keepdim=True)
-            self.dk, self.dv = self._centre_keys(dk), dv - self.dv_mean
+            self.dq, self.dk, self.dv, self.dv_mean = self.layout.split(dx)
 
-    def _centre_keys(self, k: Tensor) -> Tensor:
-        # Under a softcap a common part of the scores does not drop out.
-        return k if self.heads.softcap is not None else k - k.mean(1, keepdim=True)
+    def _sum_of_products(self, pairs: tuple[tuple[Tensor | None, Tensor | None], ...]) -> Tensor:
+        """Sum of a @ b over the pairs of which neither is None."""
+        operand, out = self.precision.operand, None
+        for a, b in pairs:
+            if a is None or b is None:
+                continue
+            if out is None:
+                out = memory.empty((a.shape[0], a.shape[1], b.shape[2]), self.q)
+                self.precision.matmul(operand(a), operand(b), out)
+            else:
+                self.precision.accumulate(out, operand(a), operand(b))
+        return out
 
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.precision.matmul(self.precision.operand(a), self.precision.operand(b))
+    def _scores(self, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        """Sum of a b^T over pairs (a [B, Q, size], b [B, T, size])."""
+        return self._sum_of_products(tuple((a, None if b is None else b.mT) for a, b in pairs))
 
-    def _scores(self, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
-        """Sum of a b^T over pairs (a [B, Q, size], b [B, T, size] or None), as one product."""
-        pairs = [pair for pair in pairs if pair[1] is not None]
-        a = torch.cat([a for a, _ in pairs], -1) if len(pairs) > 1 else pairs[0][0]
-        b = torch.cat([b for _, b in pairs], -1) if len(pairs) > 1 else pairs[0][1]
-        return self._product(a, b.transpose(1, 2))
-
-    def _mix(self, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
-        """Sum of A b over pairs (A [B, Q, T], b [B, T, size] or None)."""
-        return sum(self._product(A, b) for A, b in pairs if b is not None)
+    def _mix(self, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        """Sum of A b over pairs (A [B, Q, T], b [B, T, size])."""
+        return self._sum_of_products(pairs)
 
     def _mix_back(self, *pairs: tuple[Tensor | None, Tensor | None]) -> Tensor:
-        """Sum of A^T b over pairs (A [B, Q, T], b [B, Q, size]), either of them possibly None."""
-        return sum(
-            self._product(A.transpose(1, 2), b) for A, b in pairs if A is not None and b is not None
-        )
+        """Sum of A^T b over pairs (A [B, Q, T], b [B, Q, size])."""
+        return self._sum_of_products(tuple((None if A is None else A.mT, b) for A, b in pairs))
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """y and dy, each [N, T, query * size]."""
-        mask = hidden(self.heads, self.tokens, self.q.device)
-        S = self._scores((self.q, self.k)) * self.heads.scale
-        if self.dq is None:
-            self._weigh(S, mask)
-        else:
-            self._weigh_both(S, mask)
-        y = self._mix((self.P, self.v)) + self._spread(self.v_mean)
-        y = self.layout.join_output(y, self.tokens)
-        if self.dq is None:
-            return y, None
-        dy = self._mix((self.dP, self.v), (self.P + self.dP, self.dv)) + self._spread(self.dv_mean)
-        return y, self.layout.join_output(dy, self.tokens)
-
-    def _weigh(self, S: Tensor, mask: Tensor | None) -> None:
-        """P from the raw scores, where nothing differs."""
+        S = self._scores((self.q, self.k)).mul_(self.heads.scale)
+        dS = None
+        if self.dq is not None:
+            q_f = _sum(self.q, self.dq)
+            dS = self._scores((self.dq, self.k), (q_f, self.dk)).mul_(self.heads.scale)
+            del q_f
         if self.heads.softcap is not None:
-            self.tanh = self.tanh_f = torch.tanh(S / self.heads.softcap)
-            self.dtanh = torch.zeros_like(S)
-            S = self.heads.softcap * self.tanh
-        self.P = torch.softmax(S if mask is None else S.masked_fill(mask, -torch.inf), -1)
-
-    def _weigh_both(self, S: Tensor, mask: Tensor | None) -> None:
-        """P and dP from the raw scores."""
-        scale, cap = self.heads.scale, self.heads.softcap
-        dS = self._scores((self.dq, self.k), (self.q + self.dq, self.dk)) * scale
-        if cap is not None:
-            # tanh(a + d) - tanh(a) = tanh(d) (1 - tanh(a) tanh(a + d))
-            self.tanh, self.tanh_f = torch.tanh(S / cap), torch.tanh((S + dS) / cap)
-            self.dtanh = torch.tanh(dS / cap) * (1 - self.tanh * self.tanh_f)
-            S, dS = cap * self.tanh, cap * self.dtanh
+            S, dS = self._cap(S, dS)
+        mask = hidden(self.heads, self.tokens, S.device)
         if mask is not None:
-            S, dS = S.masked_fill(mask, -torch.inf), dS.masked_fill(mask, 0)
+            S.masked_fill_(mask, -torch.inf)
         self.P = torch.softmax(S, -1)
+        y = self._mix((self.P, self.v))
+        y = self.layout.join_output(y, self.v_mean, self.tokens)
+        if dS is None:
+            return y, None
+        if mask is not None:
+            dS.masked_fill_(mask, 0)
         self.dP = softmax_difference(S, dS, self.P)
+        dy = self._mix((self.dP, self.v), (_sum(self.P, self.dP), self.dv))
+        return y, self.layout.join_output(dy, self.dv_mean, self.tokens)
 
-    def _spread(self, mean: Tensor) -> Tensor:
-        return mean.expand(-1, self.layout.group * self.tokens, -1)
+    def _cap(self, S: Tensor, dS: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The softcap c tanh(S / c) of raw scores and its difference.
+
+        tanh(a + d) - tanh(a) = tanh(d) (1 - tanh(a) tanh(a + d)).
+        """
+        cap = self.heads.softcap
+        self.tanh = self.tanh_f = torch.tanh(S / cap)
+        self.dtanh = None
+        if dS is not None:
+            self.tanh_f = torch.tanh((S + dS) / cap)
+            self.dtanh = torch.tanh(dS / cap) * (1 - self.tanh * self.tanh_f)
+            dS = cap * self.dtanh
+        return cap * self.tanh, dS
 
     def backward(self, g: Tensor) -> Tensor:
         """g_x [N, T, packed]."""
         self.g = self.layout.split_output(g)
         A = self._scores((self.g, self.v))
-        self.A = A - _mean(self.P, A)  # only the part off the mean acts on scores
+        self.A = A.sub_(_mean(self.P, A))  # only the part off the mean acts on scores
         gR = self._score_cotangent()
         return self.layout.join(
             self._mix((gR, self.k)),
@@ -247,20 +273,18 @@ class Sweeps:
 
     def _score_cotangent(self) -> Tensor:
         """Cotangent of q k^T in the pretrained branch; recomputed rather than held."""
-        return self._uncap(self.P * self.A) * self.heads.scale
+        return self._uncap(_times(self.P, self.A).mul_(self.heads.scale))
 
     def tangent(self, t: Tensor) -> Tensor:
         """t_y [N, T, query * size]."""
-        self.tq, tk, tv = self.layout.split(t)
-        tv_mean = tv.mean(1, keepdim=True)
-        self.tk, self.tv = self._centre_keys(tk), tv - tv_mean
-        tR = self._scores((self.tq, self.k), (self.q, self.tk)) * self.heads.scale
+        self.tq, self.tk, self.tv, tv_mean = self.layout.split(t)
+        tS = self._scores((self.tq, self.k), (self.q, self.tk)).mul_(self.heads.scale)
         if self.heads.softcap is not None:
-            self.tR = tR
-        tS = self._uncap(tR)
-        self.tS = tS - _mean(self.P, tS)
-        y = self._mix((self.P * self.tS, self.v), (self.P, self.tv)) + self._spread(tv_mean)
-        return self.layout.join_output(y, self.tokens)
+            self.tR = tS.clone()
+        tS = self._uncap(tS)
+        self.tS = tS.sub_(_mean(self.P, tS))
+        y = self._mix((_times(self.P, self.tS), self.v), (self.P, self.tv))
+        return self.layout.join_output(y, tv_mean, self.tokens)
 
     def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
         """(S_x, b_x), each [N, T, packed].
@@ -271,33 +295,38 @@ class Sweeps:
         """
         scale = self.heads.scale
         S, b = self.layout.split_output(S), self.layout.split_output(b)
-        P_f = _sum(self.P, self.dP)
-        A_f = self._scores((b, _sum(self.v, self.dv)))
-        A_f = A_f - _mean(P_f, A_f)
-        Z = self._scores((S, self.v), (b, self.dv), (self.g, self.tv)) + self.tS * self.A
-        W = self.P * (Z - _mean(self.P, Z))
+        P_f, A_f = self._finetuned_scores(b)
+        Z = self._scores((S, self.v), (b, self.dv), (self.g, self.tv)).addcmul_(self.tS, self.A)
+        W = Z.sub_(_mean(self.P, Z)).mul_(self.P)
         if self.dP is not None:
-            D = self.dP * A_f
-            W += D - self.P * D.sum(-1, keepdim=True)
-        bS = P_f * A_f
-        W, bR = self._uncap_reverse(W, bS)
-        W, bR, gR = W * scale, bR * scale, self._score_cotangent()
+            D = _times(self.dP, A_f)
+            W.addcmul_(self.P, D.sum(-1, keepdim=True), value=-1).add_(D)
+            del D
+        bS = A_f.mul_(P_f)
+        if self.heads.softcap is not None:
+            W, bS = self._uncap_reverse(W, bS)
+        W, bR, gR = W.mul_(scale), bS.mul_(scale), self._score_cotangent()
         S_x = self.layout.join(
             self._mix((W, self.k), (bR, self.dk), (gR, self.tk)),
             self._mix_back((W, self.q), (bR, self.dq), (gR, self.tq)),
-            self._mix_back((self.P, S), (self.dP, b), (self.P * self.tS, self.g)),
+            self._mix_back((self.P, S), (self.dP, b), (_times(self.P, self.tS), self.g)),
         )
         return S_x, self._finetuned_cotangent(bR, P_f, b) if need_b else None
 
     def adjoint(self, b: Tensor) -> Tensor:
         """b_x [N, T, packed]."""
         b = self.layout.split_output(b)
+        P_f, A_f = self._finetuned_scores(b)
+        bR = A_f.mul_(P_f).mul_(self.heads.scale)
+        if self.heads.softcap is not None:
+            bR.mul_(1 - self.tanh_f.square())
+        return self._finetuned_cotangent(bR, P_f, b)
+
+    def _finetuned_scores(self, b: Tensor) -> tuple[Tensor, Tensor]:
+        """P_f, and the cotangent of P_f off its mean."""
         P_f = _sum(self.P, self.dP)
         A_f = self._scores((b, _sum(self.v, self.dv)))
-        bS = P_f * (A_f - _mean(P_f, A_f))
-        if self.heads.softcap is not None:
-            bS = bS * (1 - self.tanh_f.square())
-        return self._finetuned_cotangent(bS * self.heads.scale, P_f, b)
+        return P_f, A_f.sub_(_mean(P_f, A_f))
 
     def _finetuned_cotangent(self, bR: Tensor, P_f: Tensor, b: Tensor) -> Tensor:
         return self.layout.join(
@@ -307,26 +336,28 @@ class Sweeps:
         )
 
     def _uncap(self, A: Tensor) -> Tensor:
-        """Times the derivative of the softcap, in the pretrained branch."""
-        return A if self.heads.softcap is None else A * (1 - self.tanh.square())
+        """A, overwritten, times the derivative of the softcap in the pretrained branch."""
+        return A if self.heads.softcap is None else A.mul_(1 - self.tanh.square())
 
     def _uncap_reverse(self, W: Tensor, bS: Tensor) -> tuple[Tensor, Tensor]:
         """Reverse sweep through the softcap c tanh(R / c): score cotangents (S, b) of R."""
-        cap = self.heads.softcap
-        if cap is None:
-            return W, bS
         tanh, tanh_f = self.tanh, self.tanh_f
         slope = 1 - tanh.square()
-        curvature = -2 / cap * tanh * slope
-        change = -self.dtanh * (tanh + tanh_f)  # of the slope, f minus 0
-        W = slope * W + change * bS + curvature * self.P * self.A * self.tR
+        curvature = -2 / self.heads.softcap * tanh * slope
+        W = slope * W + curvature * self.P * self.A * self.tR
+        if self.dtanh is not None:
+            W -= self.dtanh * (tanh + tanh_f) * bS  # slope_f - slope
         return W, bS * (1 - tanh_f.square())
 
 
 def _mean(P: Tensor, A: Tensor) -> Tensor:
     """Row means of A under P, [B, Q, 1]."""
-    return (P * A).sum(-1, keepdim=True)
+    return _times(P, A).sum(-1, keepdim=True)
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mul(a, b, out=memory.empty(a.shape, a))
 
 
 def _sum(a: Tensor, da: Tensor | None) -> Tensor:
-    return a if da is None else a + da
+    return a if da is None else torch.add(a, da, out=memory.empty(a.shape, a))
