@@ -78,28 +78,28 @@ class AdapterSource:
         self, names: list[str], pretrained: Mapping[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:
         """Base + adapter; float32 where the adapter adds to the base."""
-        theta0 = self._base.read([n for n in names if n not in self._replaced], pretrained)
-        deltas = self._deltas([name for name in names if name in self._low_rank])
-        own = self._read_replaced(names)
-        return {
-            name: own[name]
-            if name in own
-            else (theta0[name].float() + deltas[name] if name in deltas else theta0[name])
-            for name in names
-        }
+        values = self._base.read([n for n in names if n not in self._replaced], pretrained)
+        values |= self._read_replaced(names)
+        # A target that is also given whole (embeddings): the copy is what B A adds to.
+        for name, delta in self._deltas(names).items():
+            values[name] = values[name].float() + delta
+        return {name: values[name] for name in names}
 
     def task_vectors(
         self, names: list[str], pretrained: Mapping[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:
         """scaling * B A in float32, never through the sum with the base; zeros if unchanged."""
-        deltas = self._deltas([name for name in names if name in self._low_rank])
         own = self._read_replaced(names)
         theta0 = self._base.read(own, pretrained)
-        deltas |= {name: own[name].float() - theta0[name].float() for name in own}
-        zero = {n: torch.zeros(self._base.names[n].shape) for n in names if n not in self.changed}
-        return {name: deltas[name] if name in deltas else zero[name] for name in names}
+        vectors = {name: own[name].float() - theta0[name].float() for name in own}
+        for name, delta in self._deltas(names).items():
+            vectors[name] = vectors[name] + delta if name in vectors else delta
+        unchanged = (name for name in names if name not in vectors)
+        vectors |= {name: torch.zeros(self._base.names[name].shape) for name in unchanged}
+        return {name: vectors[name] for name in names}
 
     def _deltas(self, names: list[str]) -> dict[str, torch.Tensor]:
+        names = [name for name in names if name in self._low_rank]
         parts = self._expert.read(
             part for name in names for part in (self._low_rank[name].a, self._low_rank[name].b)
         )

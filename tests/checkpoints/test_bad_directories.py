@@ -38,7 +38,7 @@ def test_missing_path_says_what_belongs_there(tmp_path: Path) -> None:
 
 
 def test_empty_directory(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no weights.*an empty directory"):
+    with pytest.raises(InputError, match=r"holds no weights.*an empty directory"):
         Checkpoint.open(tmp_path)
 
 

@@ -66,7 +66,7 @@ def test_bad_header(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("length", [2**63, 10**9, 100, 0])
 def test_bad_header_length(tmp_path: Path, length: int) -> None:
     path = raw_safetensors(tmp_path / "w.safetensors", b"{}", length=length)
-    with pytest.raises(InputError, match="safetensors|JSON"):
+    with pytest.raises(InputError, match=r"safetensors|JSON"):
         Checkpoint.open(path)
 
 
@@ -74,7 +74,7 @@ def test_bad_header_length(tmp_path: Path, length: int) -> None:
 def test_file_that_is_nothing(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "w.safetensors"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="w.safetensors"):
+    with pytest.raises(InputError, match=r"w\.safetensors"):
         Checkpoint.open(path)
 
 

@@ -57,7 +57,7 @@ def test_layers_and_the_rest_make_the_whole(family: Family, name: str) -> None:
 @pytest.mark.parametrize("scope", ["block", "mlp"])
 def test_built_layer_equals_the_models_own(family: Family, name: str, scope: str) -> None:
     if name in ("bert", "roberta") and scope == "mlp":
-        with pytest.raises(InputError, match="has no MLP module.*scope 'block'"):
+        with pytest.raises(InputError, match=r"has no MLP module.*scope 'block'"):
             layout_of(family(name), scope)
         return
     layout = layout_of(family(name), scope)
