@@ -78,20 +78,13 @@ def _interference(matrices: list[Tensor], total: Tensor) -> Tensor:
 
 def _projection(matrices: list[Tensor]) -> tuple[Tensor, ...]:
     """2 A as one matrix [i, i], or as factors F^T [i, q], F [q, i] if that is less work."""
-    width = matrices[0].shape[1]
-    rows: list[Tensor] | None = []
-    found = 0
+    rows: list[Tensor] = []
     for matrix in matrices:
-        factor = _row_factor(matrix)
-        found += factor.shape[0]
-        if 2 * found > width:
-            rows = None
-            break
-        rows.append(factor)
-    if rows is not None:
-        factor = torch.cat(rows)
-        return factor.T.contiguous(), factor
-    return (_gram_sum(matrices),)
+        rows.append(_row_factor(matrix))
+        if 2 * sum(factor.shape[0] for factor in rows) > matrix.shape[1]:
+            return (_gram_sum(matrices),)
+    factor = torch.cat(rows)
+    return factor.T.contiguous(), factor
 
 
 def _gram_sum(matrices: list[Tensor]) -> Tensor:
