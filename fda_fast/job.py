@@ -17,6 +17,7 @@ from fda_fast.checkpoints.layout import LayerSpec, ModelLayout
 from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.config import MergeConfig
 from fda_fast.errors import InputError
+from fda_fast.ops import dispatch
 from fda_fast.references import locate, split_reference
 from fda_fast.settings import Settings, choose_preset, requested_scope, resolve, task_names
 from fda_fast.version import __version__
@@ -95,6 +96,7 @@ class Job:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
+            "backends": _backends(),
             **(extra or {}),
         }
 
@@ -192,6 +194,13 @@ def _fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
     folder = checkpoint.directory
     beside = [folder / name for name in SIDE_FILES] if folder is not None else []
     return {path.name: fingerprint(path) for path in [*paths, *beside] if path.is_file()}
+
+
+def _backends() -> str:
+    """What can compute here: implementations agree to rounding, not to the last bit."""
+    found = [name for name, reason in dispatch.available().items() if not reason]
+    wanted = os.environ.get("FDA_FAST_BACKEND", "auto")
+    return f"{wanted} of {', '.join(sorted(found))}"
 
 
 def _open_expert(base: Checkpoint, layout: ModelLayout, reference: str, name: str) -> ExpertView:
