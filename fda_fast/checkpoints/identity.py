@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fda_fast.checkpoints.align import ExpertView
+from fda_fast.checkpoints.align import ExpertView, zero_task_vectors
 from fda_fast.checkpoints.layout import ModelLayout
 from fda_fast.errors import InputError
 
@@ -16,7 +16,7 @@ def check_differs(view: ExpertView, layout: ModelLayout) -> None:
     """Refuse an expert whose layers all equal the base's.
 
     Values are compared in the coarser of the two dtypes, so that a base saved again in bfloat16
-    counts as the base. Tensors are compared whole, the ones most likely trained first, and the
+    counts as the base; an adapter counts as soon as its product is not zero. Tensors are compared whole, the ones most likely trained first, and the
     first difference ends the search; only a true copy is read to the end.
 
     Args:
@@ -47,6 +47,9 @@ def check_differs(view: ExpertView, layout: ModelLayout) -> None:
 def _differ(view: ExpertView, names: list[str]) -> bool:
     if not names:
         return False
+    if view.expert.adapter is not None:
+        # Its task vector is exact: no rounding to allow for.
+        return len(zero_task_vectors(view.task_vectors(names))) < len(names)
     pretrained = view.base.read(names)
     finetuned = view.read(names, dtype=None, pretrained=pretrained)
     for name in names:

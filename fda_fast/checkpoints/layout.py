@@ -90,6 +90,7 @@ class ModelLayout:
     notes: list[str]
     _modules: dict[str, nn.Module] = field(repr=False, default_factory=dict)
     _buffers: dict[str, dict[str, torch.Tensor]] = field(repr=False, default_factory=dict)
+    _arguments: dict[type, dict[str, Any]] = field(repr=False, default_factory=dict)
 
     @classmethod
     def from_checkpoint(cls, base: Checkpoint, scope: Scope = "auto") -> ModelLayout:
@@ -196,7 +197,9 @@ class ModelLayout:
             values: dict[str, torch.Tensor] = {}
             if missing:
                 path = next(p for p, m in self.model.named_modules() if m is layer)
-                args, keywords = constructor_arguments(self.model, type(layer))[path]
+                if type(layer) not in self._arguments:
+                    self._arguments[type(layer)] = constructor_arguments(self.model, type(layer))
+                args, keywords = self._arguments[type(layer)][path]
                 with quiet():
                     real = dict(type(layer)(*args, **keywords).named_buffers())
                 values = {name: real[name] for name in missing}

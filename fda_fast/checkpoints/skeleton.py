@@ -38,6 +38,8 @@ def build_skeleton(base: Checkpoint) -> transformers.PreTrainedModel:
             "holds it beside the weights",
         )
     config = _without_dtype(base.config)
+    if "use_pretrained_backbone" in config:
+        config["use_pretrained_backbone"] = False  # or the constructor would download one
     model_type = config.pop("model_type", None) or _guess_model_type(base)
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise InputError(
@@ -59,14 +61,20 @@ def build_skeleton(base: Checkpoint) -> transformers.PreTrainedModel:
 
 
 def construct(
-    kind: type[transformers.PreTrainedModel], config: Any
+    kind: type[transformers.PreTrainedModel],
+    config: Any,
+    attention: tuple[str, ...] = ("sdpa", "eager"),
 ) -> transformers.PreTrainedModel:
-    """A model of this class and config on the meta device, with sdpa attention where it has it."""
+    """A model of this class and config on the meta device, with the first attention it takes."""
     with torch.device("meta"):
-        try:
-            model = kind._from_config(copy.deepcopy(config), attn_implementation="sdpa")
-        except (ValueError, ImportError):  # a model without sdpa says so in one of these
-            model = kind._from_config(copy.deepcopy(config), attn_implementation="eager")
+        for choice in attention:
+            try:
+                # The constructor writes into the config.
+                model = kind._from_config(copy.deepcopy(config), attn_implementation=choice)
+                break
+            except (ValueError, ImportError):  # a model without sdpa says so in one of these
+                if choice == attention[-1]:
+                    raise
     model.tie_weights()
     return model.eval()
 
@@ -96,6 +104,7 @@ def constructor_arguments(
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     kept = []  # so that no id is given twice
     original: Callable[..., None] = kind.__init__
+    attention = getattr(model.config, "_attn_implementation", None) or "eager"
 
     def watched(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         calls[id(self)] = (args, kwargs)
@@ -105,7 +114,7 @@ def constructor_arguments(
     kind.__init__ = watched  # type: ignore[method-assign]
     try:
         with quiet():
-            again = construct(type(model), model.config)
+            again = construct(type(model), model.config, (attention,))
     finally:
         kind.__init__ = original  # type: ignore[method-assign]
     return {path: calls[id(m)] for path, m in again.named_modules() if id(m) in calls}

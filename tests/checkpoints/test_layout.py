@@ -20,6 +20,8 @@ from .conftest import LLAMA, TEXT, rewrite, tensors_of
 
 Family = Callable[[str], Path]
 DECODERS = ("gpt2", "llama", "qwen2", "gemma2")
+# transformers 4 spreads ViT's MLP over two modules of the block, as BERT's is everywhere.
+WITHOUT_MLP = ("bert", "roberta", "vit") if hf.__version__ < "5" else ("bert", "roberta")
 FAMILIES = ("bert", "roberta", "vit", "clip", *DECODERS)
 
 
@@ -56,7 +58,7 @@ def test_layers_and_the_rest_make_the_whole(family: Family, name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("scope", ["block", "mlp"])
 def test_built_layer_equals_the_models_own(family: Family, name: str, scope: str) -> None:
-    if name in ("bert", "roberta") and scope == "mlp":
+    if name in WITHOUT_MLP and scope == "mlp":
         with pytest.raises(InputError, match=r"has no MLP module.*scope 'block'"):
             layout_of(family(name), scope)
         return
