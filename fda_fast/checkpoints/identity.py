@@ -16,8 +16,9 @@ def check_differs(view: ExpertView, layout: ModelLayout) -> None:
     """Refuse an expert whose layers all equal the base's.
 
     Values are compared in the coarser of the two dtypes, so that a base saved again in bfloat16
-    counts as the base; an adapter counts as soon as its product is not zero. Tensors are compared whole, the ones most likely trained first, and the
-    first difference ends the search; only a true copy is read to the end.
+    counts as the base; an adapter counts as soon as its product is not zero. The first difference
+    ends the search, which begins where training leaves the most: in the last layer. Only a true
+    copy is read to the end.
 
     Args:
         view: the expert.
