@@ -101,6 +101,29 @@ PYBIND11_MODULE(_C, m) {
   def(m, "gated_reverse", &Kernels::gated_reverse, "kind", "rows", "h", "x", "dx", "g", "t", "S",
       "b", "S_x", "b_x", "threads");
 
+  def(m, "norm_forward", &Kernels::norm_forward, "center", "tasks", "rows", "d", "x", "dx", "w",
+      "c", "tw", "tb", "eps", "y", "dy", "threads");
+  def(m, "norm_backward", &Kernels::norm_backward, "center", "tasks", "rows", "d", "x", "dx", "g",
+      "w", "tw", "eps", "g_x", "G_w", "G_c", "partial", "threads");
+  def(m, "norm_tangent", &Kernels::norm_tangent, "center", "tasks", "rows", "d", "x", "t", "w",
+      "mw", "mb", "eps", "out", "threads");
+  def(m, "norm_reverse", &Kernels::norm_reverse, "center", "tasks", "rows", "d", "x", "dx", "g",
+      "t", "S", "b", "w", "tw", "mw", "eps", "S_x", "b_x", "threads");
+
+  def(m, "similarity_forward", &Kernels::similarity_forward, "kind", "tasks", "anchors", "d", "y",
+      "dy", "scale", "each", "s", "g", "threads");
+  def(m, "similarity_reverse", &Kernels::similarity_reverse, "tasks", "anchors", "d", "y", "dy",
+      "t", "scale", "S", "b", "threads");
+
+  def(m, "alignment_dots", &Kernels::alignment_dots, "tasks", "rows", "o", "segments", "widths",
+      "g", "u", "v", "partial", "out", "threads");
+  def(m, "alignment_mix", &Kernels::alignment_mix, "tasks", "rows", "o", "segments", "widths",
+      "alpha", "u", "beta", "v", "row", "out", "threads");
+  def(m, "alignment_spread", &Kernels::alignment_spread, "tasks", "rows", "o", "segments",
+      "widths", "b", "alpha", "beta", "g", "merged", "scaled", "threads");
+  def(m, "alignment_coefficients", &Kernels::alignment_coefficients, "tasks", "parameters",
+      "dots", "squares", "active", "eps", "loss", "cosines", "coefficients");
+
   def(m, "adamw_step", &Kernels::adamw_step, "tasks", "n", "anchors", "grad", "exp_avg",
       "exp_avg_sq", "loss", "best_loss", "best", "beta2", "gain1", "gain2", "step_size", "root",
       "eps", "decay", "threads");

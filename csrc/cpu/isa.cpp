@@ -4,9 +4,13 @@
 // header of the C++ library is included: the linker must never merge an inline function compiled
 // for AVX-512 with one that a smaller machine runs.
 #include "activation.h"
+#include "alignment.h"
 #include "gated.h"
 #include "kernels.h"
+#include "norm_backward.h"
+#include "norm_reverse.h"
 #include "optimizer.h"
+#include "similarity.h"
 
 #define FDA_STRING_(name) #name
 #define FDA_STRING(name) FDA_STRING_(name)
@@ -15,9 +19,26 @@ namespace fda {
 namespace FDA_ISA {
 
 extern const Kernels table = {
-    FDA_STRING(FDA_ISA), activation_forward, activation_slope, activation_reverse,
-    gated_forward,       gated_backward,     gated_tangent,    gated_reverse,
-    adamw_step,          coefficients_update,
+    FDA_STRING(FDA_ISA),
+    activation_forward,
+    activation_slope,
+    activation_reverse,
+    gated_forward,
+    gated_backward,
+    gated_tangent,
+    gated_reverse,
+    norm_forward,
+    norm_backward,
+    norm_tangent,
+    norm_reverse,
+    similarity_forward,
+    similarity_reverse,
+    alignment_dots,
+    alignment_mix,
+    alignment_spread,
+    alignment_coefficients,
+    adamw_step,
+    coefficients_update,
 };
 
 }  // namespace FDA_ISA

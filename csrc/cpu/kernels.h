@@ -33,6 +33,45 @@ struct Kernels {
                         const float* g, const float* t, const float* S, const float* b,
                         float* S_x, float* b_x, int threads);
 
+  // LayerNorm (center 1) and RMSNorm (0) of K * R rows of d; parameters [d], their task vectors and
+  // tangents [K, d]. `partial`: see norm_backward.h; null if neither G_w nor G_c is wanted.
+  void (*norm_forward)(int center, int64_t K, int64_t R, int64_t d, const float* x,
+                       const float* dx, const float* w, const float* c, const float* tw,
+                       const float* tb, double eps, float* y, float* dy, int threads);
+  void (*norm_backward)(int center, int64_t K, int64_t R, int64_t d, const float* x,
+                        const float* dx, const float* g, const float* w, const float* tw,
+                        double eps, float* g_x, float* G_w, float* G_c, float* partial,
+                        int threads);
+  void (*norm_tangent)(int center, int64_t K, int64_t R, int64_t d, const float* x,
+                       const float* t, const float* w, const float* mw, const float* mb,
+                       double eps, float* out, int threads);
+  void (*norm_reverse)(int center, int64_t K, int64_t R, int64_t d, const float* x,
+                       const float* dx, const float* g, const float* t, const float* S,
+                       const float* b, const float* w, const float* tw, const float* mw,
+                       double eps, float* S_x, float* b_x, int threads);
+
+  // Similarity of K * A anchors of d; kind 0 cosine, 1 l2, 2 l1; `each` is scratch [K, A].
+  void (*similarity_forward)(int kind, int64_t K, int64_t A, int64_t d, const float* y,
+                             const float* dy, double scale, double* each, float* s, float* g,
+                             int threads);
+  void (*similarity_reverse)(int64_t K, int64_t A, int64_t d, const float* y, const float* dy,
+                             const float* t, double scale, float* S, float* b, int threads);
+
+  // Alignment over packed rows [K, R, o]; see alignment.h.
+  void (*alignment_dots)(int64_t K, int64_t R, int64_t o, int64_t segments,
+                         const int64_t* widths, const float* g, const float* u, const float* v,
+                         double* partial, float* out, int threads);
+  void (*alignment_mix)(int64_t K, int64_t R, int64_t o, int64_t segments, const int64_t* widths,
+                        const float* alpha, const float* u, const float* beta, const float* v,
+                        const float* row, float* out, int threads);
+  void (*alignment_spread)(int64_t K, int64_t R, int64_t o, int64_t segments,
+                           const int64_t* widths, const float* b, const float* alpha,
+                           const float* beta, const float* g, float* merged, float* scaled,
+                           int threads);
+  void (*alignment_coefficients)(int64_t K, int64_t P, const float* dots, const float* squares,
+                                 const unsigned char* active, double eps, float* loss,
+                                 float* cosines, float* coefficients);
+
   // One Adam update with decoupled weight decay on K tasks of n elements; where loss < best_loss,
   // best = anchors (before the update) first. gain = 1 - beta, step_size = lr / (1 - beta1^step),
   // root = sqrt(1 - beta2^step), decay = 1 - lr * weight_decay.

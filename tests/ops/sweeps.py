@@ -10,11 +10,15 @@ def draw(generator, *shape, scale=1.0):
 
 
 def convert(value, dtype, device="cpu"):
-    return value.to(device, dtype) if isinstance(value, torch.Tensor) else value
+    """A tensor on the device, and in the dtype if it holds real numbers; the rest as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
 def guarded(value):
-    return GuardedView(value).tensor if isinstance(value, torch.Tensor) else value
+    real = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return GuardedView(value).tensor if real else value
 
 
 def outputs(result):
