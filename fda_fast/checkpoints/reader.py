@@ -38,7 +38,7 @@ class Checkpoint:
         names: {tensor name: TensorInfo}, in the order of the files.
         config: config.json as a dict, None where there is none.
         adapter: adapter_config.json of a PEFT directory as a dict, None for a model.
-        notes: what was found and accepted, one sentence each.
+        notes: what was found and accepted, one sentence each, without paths: reports hold them.
         aliases: {name: the first name with the same bytes}: tied weights of a pickle.
     """
 
@@ -142,10 +142,13 @@ class Checkpoint:
         infos, loaded = legacy.read_pickle(file)
         self._loaded |= loaded
         if loaded:
-            self.notes.append(f"{path} is in the format of torch before 1.6: held in memory whole")
+            self.notes.append(
+                f"{path.name} of the {self.role} is in the format of torch before 1.6: held in "
+                "memory whole"
+            )
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
             self.notes.append(
-                f"{path} is a pickle; torch below 2.10 has a known hole in reading those safely "
+                f"{path.name} of the {self.role} is a pickle; torch below 2.10 has a known hole in reading those safely "
                 "(CVE-2026-24747): only read files from sources you trust, or upgrade torch"
             )
         return infos

@@ -91,7 +91,12 @@ def test_shard_tensor_missing_from_the_index_is_said(tmp_path: Path) -> None:
 def test_pickled_state_dict(tmp_path: Path, zipped: bool, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     torch.save(TENSORS, path, _use_new_zipfile_serialization=zipped)
-    assert same(Checkpoint.open(path).read(NAMES), TENSORS)
+    checkpoint = Checkpoint.open(path, "expert x")
+    assert same(checkpoint.read(NAMES), TENSORS)
+    if not zipped:
+        assert any("expert x" in note and "before 1.6" in note for note in checkpoint.notes)
+    # Notes end up in published reports.
+    assert not any(str(tmp_path) in note for note in checkpoint.notes)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
