@@ -12,10 +12,12 @@ from fda_fast.ops import memory
 
 
 class Sequential(Node):
-    """Nodes one after the other."""
+    """Nodes one after the other; a ``Sequential`` among them is taken apart."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
-        self.nodes = list(nodes)
+        self.nodes: list[Node] = []
+        for node in nodes:
+            self.nodes += node.nodes if isinstance(node, Sequential) else [node]
 
     def leaves(self) -> Iterator[Node]:
         """The operations inside, in order."""

@@ -60,8 +60,7 @@ class Linear(Node):
         self.tasks = self.weights[0].tasks
         self._present = [bias for bias in self.biases if bias is not None]
         self._merged = self.weights[0].merged
-        self._read_values()
-        self._read_deltas()
+        self._W: Tensor | None = None  # [o, i]; read at the first forward
         self.release()
 
     def _read_values(self) -> None:
@@ -100,7 +99,7 @@ class Linear(Node):
 
     def refresh(self) -> None:
         """See ``Node.refresh``."""
-        if self._merged:
+        if self._merged or self._W is None:
             self._read_values()
         self._read_deltas()
 
@@ -129,6 +128,8 @@ class Linear(Node):
 
     def forward(self, x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See ``Node.forward``."""
+        if self._W is None:
+            self.refresh()
         self._like = x.new_empty(0)  # dtype and device of the results of products
         self._x_op = self.precision.operand(x)
         if self._c is None:
@@ -184,21 +185,18 @@ class Linear(Node):
         """See ``Node.set_coefficients``."""
         self._coefficients = coefficients
 
-    def _bias_tangent(self) -> Tensor | None:
-        """M_c [K, o]; zero where a segment has no bias, for t_c and G's coefficients are."""
-        if not self._present:
-            return None
+    def _bias_tangent(self, t_c: Tensor) -> Tensor:
+        """M_c [K, o] from the biases' task vectors [K, o]; zero where a segment has no bias."""
         found = iter(self._coefficients[:, :, len(self.weights) :].unbind(2))
         zero = self._coefficients.new_zeros(self._coefficients.shape[:2])
         columns = [zero if bias is None else next(found) for bias in self.biases]
         alpha, beta = torch.stack(columns, dim=2)
-        t_c = self._t_c.unsqueeze(1)
-        return alignment.mix(alpha, t_c, beta, self._G_c, self.widths).squeeze(1)
+        return alignment.mix(alpha, t_c.unsqueeze(1), beta, self._G_c, self.widths).squeeze(1)
 
     def tangent(self, t: Tensor | None) -> Tensor | None:
         """See ``Node.tangent``."""
         alpha, beta = self._coefficients[:, :, : len(self.weights)]
-        row = self._bias_tangent()
+        row = self._bias_tangent(self._t_c) if self._present else None
         out = alignment.mix(alpha, self._xT, beta, self._xG, self.widths, row)
         self._xT = self._xG = None
         if t is not None:

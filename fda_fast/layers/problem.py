@@ -8,6 +8,7 @@ from torch import Tensor
 from fda_fast.errors import InputError
 from fda_fast.layers.alignment import Alignment
 from fda_fast.layers.evaluation import Evaluation
+from fda_fast.layers.folded import fold_first_norm
 from fda_fast.layers.parameter import Materials
 from fda_fast.layers.program import Node
 from fda_fast.layers.similarity import Similarity
@@ -20,15 +21,18 @@ class ProgramProblem:
         root: the layer's program, built from ``materials``.
         materials: both sides of the layer; gives names, tokens, precision and dtype.
         distance: "cosine", "l2" or "l1".
+        fold: fold a norm of the anchors into the Linear that follows it; the same numbers.
 
     Numerics: products as ``materials.precision`` says, everything else in the program's dtype.
-    Cost: 7 products per Linear that reads the anchors, 11 per Linear further in, of the size of
-    one forward product (fewer in Gram form); about twice the activations of a forward at peak.
+    Cost: 7 products per Linear that reads the anchors (or their norm), 11 per Linear further in, of
+    the size of one forward product, fewer in Gram form. The activations of about two forwards.
     """
 
-    def __init__(self, root: Node, materials: Materials, *, distance: str = "cosine") -> None:
+    def __init__(
+        self, root: Node, materials: Materials, *, distance: str = "cosine", fold: bool = True
+    ) -> None:
         self.parameter_names = list(materials.names)
-        self._root = root
+        self._root = root = fold_first_norm(root) if fold else root
         self._materials = materials
         self._alignment = Alignment(root, self.parameter_names)
         self._similarity = Similarity(distance, materials.tokens)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from layer_stacks import ACTIVATIONS, STACKS, make_anchors, make_layers
 
 from fda_fast.layers.autograd import AutogradProblem
+from fda_fast.layers.folded import NormLinear
 from fda_fast.layers.parameter import Materials
 from fda_fast.layers.precision import Precision
 from fda_fast.layers.problem import ProgramProblem
@@ -49,3 +51,17 @@ def test_every_activation(kind, activation):
     anchors = make_anchors(2, 6, 1, 12)
     problem = program_problem(layer, finetuned, 1)
     assert_same(problem, AutogradProblem(layer, finetuned), anchors)
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("distance", ["cosine", "l2", "l1"])
+def test_first_norm_folded_or_not(distance, fold):
+    layer, finetuned = make_layers("pre_norm", tasks=3, ratio=0.1)
+    materials = Materials(
+        layer, finetuned, tokens=4, precision=Precision("fp32"), dtype=torch.float64
+    )
+    root = layer.program(materials)
+    problem = ProgramProblem(root, materials, distance=distance, fold=fold)
+    assert isinstance(next(root.leaves()), NormLinear) == fold
+    oracle = AutogradProblem(layer, finetuned, distance=distance)
+    assert_same(problem, oracle, make_anchors(3, 5, 4, 12))
