@@ -148,8 +148,9 @@ class Checkpoint:
             )
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
             self.notes.append(
-                f"{path.name} of the {self.role} is a pickle; torch below 2.10 has a known hole in reading those safely "
-                "(CVE-2026-24747): only read files from sources you trust, or upgrade torch"
+                f"{path.name} of the {self.role} is a pickle; torch below 2.10 has a known hole "
+                "in reading those safely (CVE-2026-24747): only read files from sources you "
+                "trust, or upgrade torch"
             )
         return infos
 
