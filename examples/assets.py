@@ -23,7 +23,15 @@ from pathlib import Path
 
 
 class AssetError(RuntimeError):
-    """A package could not be fetched, or is not the one that was checked."""
+    """A package cannot be used."""
+
+
+class Unavailable(AssetError):
+    """pip could not deliver a package: no network, or no index that has it."""
+
+
+class Mismatch(AssetError):
+    """A package is not the release that was checked."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,8 @@ def fetch(package: Package) -> Path:
     The directory appears in one rename, so one that exists is complete.
 
     Raises:
-        AssetError: pip could not deliver the package, or it is not the release that was checked.
+        Unavailable: pip could not deliver the package.
+        Mismatch: it is not the release that was checked, or lacks a file.
     """
     folder = cache_directory() / "assets" / f"{package.name}-{package.version}"
     if folder.is_dir():
@@ -149,18 +158,17 @@ def _download(package: Package, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"pip exited with {done.returncode}"]
-        raise AssetError(
+        said = "\n  ".join(lines[-6:])
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise Mismatch(f"{package.spec} is not the release that was checked:\n  {said}")
+        raise Unavailable(
             f"pip could not download {package.spec}: is there a network, or an index that has it? "
-            f"Copy its files to {cache_directory() / 'assets'} to go without.\n  "
-            + "\n  ".join(lines[-6:])
+            f"A copy of {cache_directory() / 'assets'} from another machine serves too.\n  {said}"
         )
     (archive,) = (folder / "archive").iterdir()
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != package.sha256:
-        raise AssetError(
-            f"{archive.name}: expected sha256 {package.sha256}, got {digest}: not the release that "
-            "these examples were checked with"
-        )
+        raise Mismatch(f"{archive.name}: expected sha256 {package.sha256}, got {digest}")
     return archive
 
 
@@ -188,7 +196,7 @@ def _read(package: Package, archive: Path):
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     stream = archive.extractfile(name)
     if stream is None:
-        raise AssetError(f"{name} is not a plain file in its archive")
+        raise Mismatch(f"{name} is not a plain file in its archive")
     with stream:
         return stream.read()
 
