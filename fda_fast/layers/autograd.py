@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -49,14 +50,15 @@ class AutogradProblem:
     whose gradient is identically zero, or which the layer does not use.
 
     Args:
-        pretrained: the layer at theta_0; never written to, its mode and flags left alone.
+        pretrained: the layer at theta_0; never written to, its mode and flags left alone. Layers
+            in less than float32 are copied to it.
         finetuned: K layers with the same parameter names and shapes.
         distance: "cosine" (mean over anchors), "l2" or "l1" (mean over elements).
         zero_gradient: names of tensors whose gradient is zero by mathematics, such as the key
             bias of softmax attention. Default: those known for layers of this structure.
 
     Raises:
-        InputError: unknown distance, no fine-tuned layer, names, shapes or dtypes that differ.
+        InputError: unknown distance, no fine-tuned layer, names or shapes that differ.
 
     Cost: per task and step about nine matrix products for each one of a forward, plus the graph.
     Source: FDA, arXiv 2510.21223v1, Eq. 1, in the form of the official construct_fda.py.
@@ -73,9 +75,10 @@ class AutogradProblem:
         if zero_gradient is None:
             zero_gradient = zero_gradient_names(pretrained)
         self._similarity = _choose(_SIMILARITY, distance)
-        self._pretrained = pretrained
-        self._finetuned = list(finetuned)
-        check_same_parameters(pretrained, self._finetuned)
+        check_same_parameters(pretrained, finetuned)
+        self._dtype = working_dtype(pretrained, *finetuned)
+        self._pretrained = pretrained = in_dtype(pretrained, self._dtype)
+        self._finetuned = [in_dtype(layer, self._dtype) for layer in finetuned]
         self.parameter_names = [name for name, _ in pretrained.named_parameters()]
         # Leaves of our own share the storage; the caller's requires_grad flags stay as they are.
         self._parameters = {
@@ -87,7 +90,10 @@ class AutogradProblem:
         self._keywords: dict[Any, list[dict[str, Any]]] = {}
 
     def evaluate(self, anchors: Tensor) -> Evaluation:
-        """Loss, gradient and cosines at anchors [K, n, T, d] or [K, n, d] of the layer's dtype."""
+        """Loss, gradient and cosines at anchors [K, n, T, d] or [K, n, d].
+
+        The gradient has the anchors' dtype, the rest the layers' (float32 or float64).
+        """
         if anchors.shape[0] != len(self._tasks):
             raise InputError(
                 "first dimension of anchors",
@@ -95,12 +101,14 @@ class AutogradProblem:
                 got=anchors.shape[0],
             )
         losses, grads, cosines = [], [], []
-        for k, x in enumerate(anchors.detach()):
+        for k, x in enumerate(anchors.detach().to(self._dtype)):
             loss, grad, cosine = self._evaluate_one(k, x)
             losses.append(loss)
             grads.append(grad)
             cosines.append(cosine)
-        return Evaluation(torch.stack(losses), torch.stack(grads), torch.stack(cosines))
+        return Evaluation(
+            torch.stack(losses), torch.stack(grads).to(anchors.dtype), torch.stack(cosines)
+        )
 
     def _evaluate_one(self, k: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         task = self._tasks[k]
@@ -175,7 +183,7 @@ class AutogradAdaptation:
     computed once, in eval mode.
 
     Args:
-        pretrained: the layer at theta_0.
+        pretrained: the layer at theta_0. Layers in less than float32 are copied to it.
         tasks: (anchors [n_k, (T,) d], fine-tuned layer) per task; n_k may differ.
         distance: "cosine", "l2" or "l1".
 
@@ -197,12 +205,14 @@ class AutogradAdaptation:
         self._distance = _choose(_DISTANCE, distance)
         check_same_parameters(pretrained, [layer for _, layer in tasks])
         check_same_anchor_shapes([anchors for anchors, _ in tasks])
-        self._layer = pretrained
+        dtype = working_dtype(pretrained, *(layer for _, layer in tasks))
+        tasks = [(anchors.detach().to(dtype), in_dtype(layer, dtype)) for anchors, layer in tasks]
+        self._layer = pretrained = in_dtype(pretrained, dtype)
         self._base = {name: p.detach() for name, p in pretrained.named_parameters()}
         self.parameter_names = list(self._base)
         self.deltas = {name: torch.zeros_like(p) for name, p in self._base.items()}
         self.gradients = {name: torch.zeros_like(p) for name, p in self._base.items()}
-        self._anchors = torch.cat([anchors.detach() for anchors, _ in tasks])
+        self._anchors = torch.cat([anchors for anchors, _ in tasks])
         with torch.no_grad():
             self._targets = torch.cat([call_layer(layer, anchors) for anchors, layer in tasks])
         self.size = self._anchors.shape[0]
@@ -228,11 +238,24 @@ class AutogradAdaptation:
         return loss.detach()
 
 
+def working_dtype(*layers: nn.Module) -> torch.dtype:
+    """What layers are computed in: float64 if any parameter is, float32 otherwise."""
+    wide = any(p.dtype == torch.float64 for layer in layers for p in layer.parameters())
+    return torch.float64 if wide else torch.float32
+
+
+def in_dtype(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The layer if all its parameters are of this dtype, a converted copy otherwise."""
+    if all(p.dtype == dtype for p in layer.parameters()):
+        return layer
+    return copy.deepcopy(layer).to(dtype)
+
+
 def check_same_parameters(pretrained: nn.Module, finetuned: Sequence[nn.Module]) -> None:
     """Refuse fine-tuned layers whose parameters are not the pretrained layer's.
 
     Raises:
-        InputError: none given, or a name, shape or dtype differs; says which.
+        InputError: none given, or a name or shape differs; says which.
     """
     if not finetuned:
         raise InputError("fine-tuned layers", expected="at least one", got="none")
@@ -247,11 +270,11 @@ def check_same_parameters(pretrained: nn.Module, finetuned: Sequence[nn.Module])
                 got=f"a difference in {', '.join(different[:4])}",
             )
         for name, tensor in theirs.items():
-            if tensor.shape != base[name].shape or tensor.dtype != base[name].dtype:
+            if tensor.shape != base[name].shape:
                 raise InputError(
                     f"parameter {name} of fine-tuned layer {k}",
-                    expected=f"{tuple(base[name].shape)} {base[name].dtype}",
-                    got=f"{tuple(tensor.shape)} {tensor.dtype}",
+                    expected=f"shape {tuple(base[name].shape)} as in the pretrained layer",
+                    got=tuple(tensor.shape),
                 )
 
 

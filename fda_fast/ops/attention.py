@@ -82,8 +82,9 @@ def forward(
         heads: the layout and the kind of attention.
         rope: (cos, sin), each [T, r] with r <= size even: rotary embedding of the first r columns
             of every q and k head, halves paired as Hugging Face's ``rotate_half``.
-        precision: object with ``operand(x)`` and ``matmul(a, b)`` over 3-D tensors that says how
-            matrix products are computed; None for plain products in the dtype of x.
+        precision: ``name``, ``operand(x)``, ``matmul(a, b, out)`` and ``accumulate(out, a, b)``
+            over 3-D tensors, as ``layers.precision.Precision`` has them; None for plain products
+            in the dtype of x. On the CPU a precision that rounds is computed by the torch twin.
         backend: "auto", "torch", "cpu", "triton" or "cuda".
 
     Returns:
@@ -93,8 +94,8 @@ def forward(
         InputError: shapes that do not fit ``heads``.
         RuntimeError: ``backend`` cannot run here; the message says why.
 
-    Cost: 2 N T^2 (query * size) operations per product; 5 products forward (q k^T counted once),
-    4 backward, 4 tangent, 13 reverse; the scores' matrices [N, query, T, T] are held, 4 of them.
+    Cost: 2 N T^2 (query * size) operations per product; 6 products forward, 4 backward, 4 tangent,
+    16 reverse. The torch twin holds 4 matrices [N, query, T, T] between the sweeps.
     See ``fda_fast.ops.reference.attention`` for the defining implementation.
     """
     if x.dim() != 3 or x.shape[2] != heads.packed or heads.query % heads.key_value:
@@ -105,5 +106,8 @@ def forward(
         )
     if dx is not None and dx.shape != x.shape:
         raise InputError("dx of attention", expected=list(x.shape), got=list(dx.shape))
+    rounds = precision is not None and precision.name != "fp32"
+    if rounds and x.device.type == "cpu" and backend == "auto":
+        backend = "torch"
     module = dispatch.implementation("attention", x, backend)
     return module.forward(x, dx, heads, rope=rope, precision=precision)

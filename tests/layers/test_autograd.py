@@ -160,6 +160,24 @@ def test_leaves_the_layers_alone(layers):
         assert p.grad is None and torch.equal(p, before[name])
 
 
+def test_low_precision_layers_are_computed_in_float32(layers):
+    low = [layer.bfloat16() for layer in (copy.deepcopy(layers[0]), *copy.deepcopy(layers[1]))]
+    wide = [copy.deepcopy(layer).float() for layer in low]
+    anchors = torch.randn(3, 5, 3, 6)
+    got = AutogradProblem(low[0], low[1:]).evaluate(anchors)
+    want = AutogradProblem(wide[0], wide[1:]).evaluate(anchors)
+    mixed = AutogradProblem(low[0], wide[1:]).evaluate(anchors)
+    for one in (got, mixed):
+        assert torch.equal(one.grad, want.grad) and one.grad.dtype == torch.float32
+    assert low[0].first.weight.dtype == torch.bfloat16
+    tasks, wide_tasks = ([(anchors[0], layer)] for layer in (low[1], wide[1]))
+    index = torch.arange(5)
+    problem = AutogradAdaptation(low[0], tasks)
+    assert problem.deltas["first.weight"].dtype == torch.float32
+    other = AutogradAdaptation(wide[0], wide_tasks)
+    assert torch.equal(problem.evaluate(index), other.evaluate(index))
+
+
 def test_refuses_what_does_not_fit(layers):
     pretrained, finetuned = layers
     with pytest.raises(InputError, match=r"cosine \| l2 \| l1"):
