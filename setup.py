@@ -88,6 +88,7 @@ class Build(build_ext):
         import pybind11
 
         cxx, nvcc = find_compiler()[0], find_nvcc()
+        cuda_sources = sorted(CSRC.glob("*.cu")) if nvcc else []
         objects = Path(self.build_temp).resolve()
         objects.mkdir(parents=True, exist_ok=True)
         openmp = ["-fopenmp"] if accepts(cxx, ["-fopenmp"]) else []
@@ -101,8 +102,7 @@ class Build(build_ext):
         includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
         bindings = [cxx, *COMMON, "-O2", *includes, "-c"]
         jobs[objects / "bindings.o"] = [*bindings, str(CSRC / "bindings.cpp")]
-        cuda_sources = sorted(CSRC.glob("*.cu"))
-        if nvcc and cuda_sources:
+        if cuda_sources:
             archs = os.environ.get("FDA_FAST_CUDA_ARCHS", "80;90a;100")
             jobs[objects / "bindings.o"].append(f'-DFDA_CUDA_ARCHS="{archs}"')
             jobs[objects / "bindings_cuda.o"] = [*bindings, str(CSRC / "bindings_cuda.cpp")]
@@ -113,7 +113,7 @@ class Build(build_ext):
             list(pool.map(lambda job: self.call([*job[1], "-o", str(job[0])]), jobs.items()))
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        if nvcc and cuda_sources:
+        if cuda_sources:
             link = [nvcc, "-shared", "-cudart=static", "-ccbin", cxx, "-Xcompiler=-fPIC"]
             link += [f"-Xcompiler={flag}" for flag in openmp]
         else:
@@ -150,9 +150,10 @@ def accepts(cxx: str, flags: list[str]) -> bool:
 
 def extensions() -> list[Extension]:
     """fda_fast._C, or nothing and a warning where it cannot be compiled."""
+    nvcc = find_nvcc()
     cxx, why = find_compiler()
     if cxx is None:
-        if os.environ.get("FDA_FAST_CUDA") == "1":
+        if nvcc and os.environ.get("FDA_FAST_CUDA") == "1":
             raise SystemExit(f"FDA_FAST_CUDA=1, but {why}")
         warnings.warn(f"fda_fast: {why}; installing without the native extension, operations "
                       "will run on their PyTorch twins (slower)", stacklevel=2)  # fmt: skip
