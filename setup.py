@@ -105,9 +105,11 @@ class Build(build_ext):
         if cuda_sources:
             archs = os.environ.get("FDA_FAST_CUDA_ARCHS", "80;90a;100")
             jobs[objects / "bindings.o"].append(f'-DFDA_CUDA_ARCHS="{archs}"')
-            jobs[objects / "bindings_cuda.o"] = [*bindings, str(CSRC / "bindings_cuda.cpp")]
+            # By nvcc, which knows where its headers are.
+            launchers = [nvcc, "-ccbin", cxx, *NVCC, *includes, "-c"]
+            jobs[objects / "bindings_cuda.o"] = [*launchers, str(CSRC / "bindings_cuda.cpp")]
             for source in cuda_sources:
-                command = [nvcc, *NVCC, *gencodes(archs), "-c", str(source)]
+                command = [nvcc, "-ccbin", cxx, *NVCC, *gencodes(archs), "-c", str(source)]
                 jobs[objects / f"cuda_{source.stem}.o"] = command
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda job: self.call([*job[1], "-o", str(job[0])]), jobs.items()))
