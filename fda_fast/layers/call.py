@@ -33,6 +33,7 @@ _NONE_ARGUMENTS = (
     "encoder_hidden_states",
     "encoder_attention_mask",
 )
+_WRAP = "Wrap the layer in a module whose forward takes and returns one tensor"
 _ROTARY = ("position_embeddings", "position_embeddings_global")
 
 
@@ -71,10 +72,17 @@ def call_layer(
     if sequence_first:
         x = x.transpose(0, 1)
     with evaluating(layer), sdpa_kernel(SDPBackend.MATH):
-        if parameters is None:
-            y = layer(x, **keywords)
-        else:
-            y = functional_call(layer, dict(parameters), (x,), keywords)
+        try:
+            if parameters is None:
+                y = layer(x, **keywords)
+            else:
+                y = functional_call(layer, dict(parameters), (x,), keywords)
+        except (AttributeError, TypeError) as reason:  # what a missing argument looks like inside
+            raise InputError(
+                f"{type(layer).__name__} does not run on one tensor",
+                got=f"{type(reason).__name__}: {reason}",
+                fix=_WRAP,
+            ) from reason
     if isinstance(y, (tuple, list)):
         y = y[0]
     if not isinstance(y, Tensor):
@@ -82,7 +90,7 @@ def call_layer(
             f"output of {type(layer).__name__}",
             expected="a tensor, or a tuple that starts with one",
             got=type(y).__name__,
-            fix="Wrap the layer in a module whose forward takes and returns one tensor",
+            fix=_WRAP,
         )
     return y.transpose(0, 1) if sequence_first else y
 
@@ -237,7 +245,7 @@ def call_keywords(layer: nn.Module, x: Tensor) -> dict[str, Any]:
             keywords[name] = rotary_tables(layer, x, local=False)
         elif name == "position_embeddings_local":
             keywords[name] = rotary_tables(layer, x, local=True)
-        elif name == "position_ids" and required:
+        elif name == "position_ids" and x.dim() == 3:
             keywords[name] = torch.arange(x.shape[1], device=x.device)[None]
         elif required and isinstance(layer, nn.MultiheadAttention):
             keywords[name] = x.transpose(0, 1) if _is_sequence_first(layer) else x
@@ -247,6 +255,6 @@ def call_keywords(layer: nn.Module, x: Tensor) -> dict[str, Any]:
             raise InputError(
                 f"{type(layer).__name__}.forward demands {name!r}",
                 expected="a layer callable on one tensor",
-                fix="Wrap it in a module whose forward takes and returns one tensor",
+                fix=_WRAP,
             )
     return keywords

@@ -105,6 +105,10 @@ BLOCKS = {
     "mistral": lambda w: _decoder(w, "mistral", "Mistral", sliding_window=3),
     "qwen2": lambda w: _decoder(w, "qwen2", "Qwen2"),
     "qwen3": lambda w: _decoder(w, "qwen3", "Qwen3", head_dim=w // 4 + 2),
+    # fused qkv and gate-up projections
+    "phi3": lambda w: _decoder(w, "phi3", "Phi3", pad_token_id=0),
+    # LayerNorm, biases and a plain MLP in a decoder
+    "starcoder2": lambda w: _decoder(w, "starcoder2", "Starcoder2"),
     "gemma2": _gemma2,
     "gemma2-mlp": lambda w: _gemma2(w).mlp,
     "gemma3-local": lambda w: _gemma3(w, "sliding_attention"),

@@ -159,6 +159,10 @@ def test_says_what_cannot_be_called():
         def forward(self, x, position_embeddings):
             return x
 
+    class Masked(nn.Module):
+        def forward(self, x, attention_mask):
+            return x * attention_mask.bool()
+
     class Dictionary(nn.Module):
         def forward(self, x):
             return {"y": x}
@@ -168,5 +172,7 @@ def test_says_what_cannot_be_called():
         call_layer(Demanding(), x)
     with pytest.raises(InputError, match="position_embeddings"):
         call_layer(Rotary(), x)
+    with pytest.raises(InputError, match="Masked does not run on one tensor: got Attrib"):
+        call_layer(Masked(), x)
     with pytest.raises(InputError, match="got dict"):
         call_layer(Dictionary(), x)
