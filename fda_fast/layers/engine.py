@@ -154,7 +154,7 @@ def _fall_back(engine: str, layer: nn.Module, reason: Exception) -> None:
             f"engine 'program' for {name}: {reason}",
             fix="Use engine='autograd', which takes any layer, or 'auto', which chooses",
         ) from reason
-    _log.info("%s runs on the autograd engine: %s", name, reason)
+    _log.warning("%s runs on the autograd engine: %s", name, reason)
 
 
 def _device(layer: nn.Module) -> torch.device:

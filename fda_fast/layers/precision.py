@@ -12,6 +12,7 @@ product it enters.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -79,34 +80,58 @@ class Precision:
         if not self._cuda:
             yield
             return
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = self.name == "tf32"
+        settings = torch.backends.cuda.matmul
+        # The name since torch 2.9, which warns about mixing it with the older one.
+        new = hasattr(settings, "fp32_precision")
+        name, on, off = ("fp32_precision", "tf32", "ieee") if new else ("allow_tf32", True, False)
+        before = getattr(settings, name)
+        setattr(settings, name, on if self.name == "tf32" else off)
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            setattr(settings, name, before)
 
     def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """a @ b of operands [.., m, k] and [.., k, n], in float32 (or float64).
 
         a and b both 2-D or both 3-D; ``out`` receives the result if given.
         """
-        wide = {"out_dtype": torch.float32} if a.dtype == torch.bfloat16 else {}
-        if a.dim() == 2:
-            return torch.mm(a, b, **wide) if out is None else torch.mm(a, b, **wide, out=out)
-        if a.shape[0] == 1:
-            if out is None:
-                return self.matmul(a[0], b[0]).unsqueeze(0)
-            self.matmul(a[0], b[0], out[0])
-            return out
-        return torch.bmm(a, b, **wide) if out is None else torch.bmm(a, b, **wide, out=out)
+        if a.dim() == 3 and a.shape[0] == 1:
+            return self.matmul(a[0], b[0], None if out is None else out[0]).unsqueeze(0)
+        product = torch.mm if a.dim() == 2 else torch.bmm
+        if a.dtype != torch.bfloat16:
+            return product(a, b, out=out)
+        if not _has_wide_products(self.device):
+            found = product(a, b).float()
+            return found if out is None else out.copy_(found)
+        if out is None:
+            return product(a, b, out_dtype=torch.float32)
+        return product(a, b, out_dtype=torch.float32, out=out)
 
     def accumulate(self, out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """out += a @ b of operands, in place; shapes as in ``matmul``."""
-        wide = {"out_dtype": torch.float32} if a.dtype == torch.bfloat16 else {}
-        if a.dim() == 2:
-            return torch.addmm(out, a, b, **wide, out=out)
-        if a.shape[0] == 1:
+        if a.dim() == 3 and a.shape[0] == 1:
             self.accumulate(out[0], a[0], b[0])
             return out
-        return torch.baddbmm(out, a, b, **wide, out=out)
+        add = torch.addmm if a.dim() == 2 else torch.baddbmm
+        if a.dtype != torch.bfloat16:
+            return add(out, a, b, out=out)
+        if not _has_wide_products(self.device):
+            return out.add_(self.matmul(a, b))
+        return add(out, a, b, out_dtype=torch.float32, out=out)
+
+
+@functools.cache
+def _has_wide_products(device: torch.device) -> bool:
+    """Whether this torch multiplies bfloat16 into float32 there (since 2.8, on CUDA)."""
+    a = torch.ones((1, 16, 16), dtype=torch.bfloat16, device=device)
+    out = torch.ones((1, 16, 16), device=device)
+    wide = {"out_dtype": torch.float32}
+    try:
+        torch.mm(a[0], a[0], **wide, out=out[0])
+        torch.addmm(out[0], a[0], a[0], **wide, out=out[0])
+        torch.bmm(a, a, **wide, out=out)
+        torch.baddbmm(out, a, a, **wide, out=out)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool((out == 32).all())
