@@ -95,14 +95,14 @@ class PerHead(Node):
         self.segments = list(segments)
         self.size = size
 
-    def _split(self, x: Tensor | None) -> list[Tensor | None]:
+    def _split(self, x: Tensor | None) -> list[Any]:
         """[K, R, sum of heads * size] -> [K, R * heads, size] for every segment."""
         if x is None:
             return [None] * len(self.segments)
         parts = x.split([count * self.size for count, _ in self.segments], dim=2)
         return [part.reshape(x.shape[0], -1, self.size) for part in parts]
 
-    def _join(self, parts: Sequence[Tensor | None], rows: int) -> Tensor | None:
+    def _join(self, parts: Sequence[Tensor | None], rows: int) -> Any:
         """Inverse of ``_split``; a missing part is zero, nothing at all is None."""
         like = next((part for part in parts if part is not None), None)
         if like is None:

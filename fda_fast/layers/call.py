@@ -181,7 +181,7 @@ def rotary_tables(
         InputError: no config on the layer, or no rotary module beside its class.
     """
     config = layer_config(layer)
-    library = sys.modules.get(type(layer).__module__)
+    library = sys.modules[type(layer).__module__]
     rotary = next(
         (
             value

@@ -62,11 +62,14 @@ class AttentionPart(Part):
         if self.rotary:
             like = torch.empty(1, materials.tokens, 1, dtype=materials.dtype)
             like = like.to(materials.device)
-            rope = tuple(table[0] for table in call.rotary_tables(self.layer, like))
+            cos, sin = call.rotary_tables(self.layer, like)
+            rope = cos[0], sin[0]
         attention = Attention(heads, materials.tokens, materials.precision, rope)
         if self.q_norm is None and self.k_norm is None:
             return attention
-        norms = [norm and norm.build(materials) for norm in (self.q_norm, self.k_norm)]
+        norms = [
+            None if norm is None else norm.build(materials) for norm in (self.q_norm, self.k_norm)
+        ]
         segments = [(heads.query, norms[0]), (heads.key_value, norms[1]), (heads.key_value, None)]
         return Sequential([PerHead(segments, heads.size), attention])
 

@@ -87,15 +87,10 @@ def post_norm_block(scope: Scope) -> Part | None:
     attention = find_attention(
         scope.module, scope.child("attention.self"), scope.child("attention.output.dense")
     )
-    intermediate = scope.child("intermediate")
     return chain(
         around(attention),
         find_norm(scope.child("attention.output.LayerNorm")),
-        around(
-            find_linear(intermediate.child("dense")),
-            find_activation(intermediate.attribute(*_ACTIVATION), gated=False),
-            find_linear(scope.child("output.dense")),
-        ),
+        around(_unwrapped_mlp(scope)),
         find_norm(scope.child("output.LayerNorm")),
     )
 
@@ -118,10 +113,9 @@ def pre_norm_block(scope: Scope) -> Part | None:
     else:
         return None
     norm1, attention, scale1, norm2, mlp, scale2 = names
-    attention = scope.child(attention)
     # Before version 5, transformers keeps ViT's projections one level down, and its MLP unwrapped.
-    projections = attention.child("attention") or attention
-    output = attention.child("output.dense")
+    projections = scope.child(f"{attention}.attention", attention)
+    output = scope.child(f"{attention}.output.dense")
     unwrapped = scope.has("intermediate", "output")
     feed_forward = _unwrapped_mlp(scope) if unwrapped else _mlp(scope.child(mlp))
     return chain(
@@ -139,9 +133,10 @@ def pre_norm_block(scope: Scope) -> Part | None:
 
 
 def _unwrapped_mlp(scope: Scope) -> Chain:
-    intermediate = scope.child("intermediate")
+    """The MLP of blocks that hold it as intermediate.dense and output.dense."""
+    intermediate = scope.child("intermediate") or scope
     return chain(
-        find_linear(intermediate.child("dense")),
+        find_linear(scope.child("intermediate.dense")),
         find_activation(intermediate.attribute(*_ACTIVATION), gated=False),
         find_linear(scope.child("output.dense")),
     )

@@ -174,7 +174,8 @@ def find_linear(*scopes: Scope | None) -> LinearPart:
         known = {"weight", "bias"} >= {name for name, _ in scope.module.named_parameters()}
         # GPT-2's Conv1D is a linear layer with its weight stored as [in, out].
         conv1d = type(scope.module).__name__ == "Conv1D" and hasattr(scope.module, "nf")
-        if not (isinstance(scope.module, nn.Linear) or conv1d) or not known or weight.dim() != 2:
+        linear = isinstance(scope.module, nn.Linear) or conv1d
+        if weight is None or not linear or not known or weight.dim() != 2:
             raise NotRecognised(f"{scope.prefix[:-1]} is a {type(scope.module).__name__}")
         segments.append((f"{scope.prefix}weight", scope.parameter("bias")))
         outputs.append(weight.shape[1] if conv1d else weight.shape[0])
@@ -200,8 +201,11 @@ class NormPart(Part):
 
     def build(self, materials: Materials) -> Node:
         """See ``Part.build``."""
-        weight = self.weight and materials.parameter(self.weight, offset=self.offset)
-        bias = self.bias and materials.parameter(self.bias)
+        weight = bias = None
+        if self.weight is not None:
+            weight = materials.parameter(self.weight, offset=self.offset)
+        if self.bias is not None:
+            bias = materials.parameter(self.bias)
         return Norm(self.kind, weight, bias, self.eps)
 
 

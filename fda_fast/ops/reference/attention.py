@@ -118,6 +118,7 @@ class _Layout:
         Forwards the halves (a, b) become (a cos - b sin, b cos + a sin); each half has tables of
         its own.
         """
+        assert self.rope is not None
         cos, sin = (table.to(x.dtype)[:, None] for table in self.rope)
         half, width = cos.shape[-1] // 2, cos.shape[-1]
         from_b, from_a = -sin[..., :half], sin[..., half:]
@@ -192,13 +193,15 @@ class Sweeps:
         self.layout = _Layout(heads, rope)
         self.precision = precision
         self.q, self.k, self.v, self.v_mean = self.layout.split(x)
-        self.dq = self.dk = self.dv = self.dv_mean = self.dP = None
+        nothing: Any = None
+        self.dq = self.dk = self.dv = self.dv_mean = self.dP = nothing
         if dx is not None:
             self.dq, self.dk, self.dv, self.dv_mean = self.layout.split(dx)
 
     def _sum_of_products(self, pairs: tuple[tuple[Tensor | None, Tensor | None], ...]) -> Tensor:
         """Sum of a @ b over the pairs of which neither is None."""
-        operand, out = self.precision.operand, None
+        operand: Any = self.precision.operand
+        out: Any = None
         for a, b in pairs:
             if a is None or b is None:
                 continue
@@ -251,8 +254,9 @@ class Sweeps:
         tanh(a + d) - tanh(a) = tanh(d) (1 - tanh(a) tanh(a + d)).
         """
         cap = self.heads.softcap
+        assert cap is not None
         self.tanh = self.tanh_f = torch.tanh(S / cap)
-        self.dtanh = None
+        self.dtanh: Any = None
         if dS is not None:
             self.tanh_f = torch.tanh((S + dS) / cap)
             self.dtanh = torch.tanh(dS / cap) * (1 - self.tanh * self.tanh_f)
@@ -343,6 +347,7 @@ class Sweeps:
         """Reverse sweep through the softcap c tanh(R / c): score cotangents (S, b) of R."""
         tanh, tanh_f = self.tanh, self.tanh_f
         slope = 1 - tanh.square()
+        assert self.heads.softcap is not None
         curvature = -2 / self.heads.softcap * tanh * slope
         W = slope * W + curvature * self.P * self.A * self.tR
         if self.dtanh is not None:
