@@ -100,6 +100,19 @@ def test_fp32_is_never_worse_than_double_backward(rows, stack, ratio):
     assert found["program", "fp32"] <= found["autograd", "fp32"]
 
 
+@pytest.mark.parametrize("stack", list(STACKS))
+def test_gram_form_keeps_the_gradient_as_well(stack):
+    layer, finetuned = make_layers(stack, TASKS, 1e-3, dtype=torch.float32, d=WIDTH, h=HIDDEN)
+    wide = make_layers(stack, TASKS, 1e-3, dtype=torch.float32, d=WIDTH, h=HIDDEN)
+    anchors = make_anchors(TASKS, ANCHORS, TOKENS, WIDTH, dtype=torch.float32)
+    oracle = AutogradProblem(wide[0].double(), [f.double() for f in wide[1]])
+    exact = oracle.evaluate(anchors.double())
+    for precision, bound in BOUNDS.items():
+        materials = Materials(layer, finetuned, tokens=TOKENS, precision=Precision(precision))
+        problem = ProgramProblem(layer.program(materials, form="gram"), materials)
+        assert relative(problem.evaluate(anchors).grad, exact.grad) <= bound, precision
+
+
 def test_plain_autograd_does_not_survive_rounding(rows):
     """Otherwise the gate would show nothing."""
     for stack in STACKS:
