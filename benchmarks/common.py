@@ -6,6 +6,7 @@ Benchmarks are run as scripts (`python benchmarks/bench_x.py`), which puts this 
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import multiprocessing
@@ -160,6 +161,8 @@ def _measure_memory(
     status = Path("/proc/self/status")
     if status.exists():
         # Linux can forget the peak of the setup; elsewhere the process's whole peak counts.
+        # What the setup freed goes back first, or the work would seem to need nothing.
+        _return_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")
         before = _status_kib("VmRSS")
         work()
@@ -169,6 +172,12 @@ def _measure_memory(
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         work()
         sender.send((before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit))
+
+
+def _return_freed_memory() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status_kib(key: str) -> int:
