@@ -18,6 +18,7 @@ class Sequential(Node):
         self.nodes: list[Node] = []
         for node in nodes:
             self.nodes += node.nodes if isinstance(node, Sequential) else [node]
+        self._needs: list[bool] = []
 
     def leaves(self) -> Iterator[Node]:
         """The operations inside, in order."""
@@ -32,11 +33,12 @@ class Sequential(Node):
 
     def _needs_input(self) -> list[bool]:
         """Whether node i has a parameter somewhere before it in this sequence."""
-        found, needs = False, []
-        for node in self.nodes:
-            needs.append(found)
-            found = found or any(leaf.parameters() for leaf in node.leaves())
-        return needs
+        if len(self._needs) != len(self.nodes):  # not yet, or nodes were folded together
+            found, self._needs = False, []
+            for node in self.nodes:
+                self._needs.append(found)
+                found = found or any(leaf.parameters() for leaf in node.leaves())
+        return self._needs
 
     def backward(self, g: Tensor | None, need_input: bool) -> Tensor | None:
         """See ``Node.backward``."""

@@ -16,11 +16,16 @@ from fda_fast.layers.problem import ProgramProblem
 # Two anchors are enough for every operation and every parameter to take part.
 _ANCHORS = 2
 # Relative rounding error of a product's operands.
-_ROUNDING = {"fp32": 2**-24, "tf32": 2**-11, "bf16": 2**-8}
-# A forward of some dozen operations may lose this many times the rounding of one.
-_OUTPUT_FACTOR = 50
-# Autograd's own gradient loses about three roundings of float32 over |dy| / |y|; ten times that.
-_GRADIENT_FACTOR = 30
+_ROUNDING = {"tf32": 2**-11, "bf16": 2**-8}
+# A forward of some dozen operations may lose this many times the rounding of one: in float32 sums
+# count as well, and the layer's own rounding.
+_OUTPUT_FACTOR = {"fp32": 200, "tf32": 10, "bf16": 10}
+# Float32 autograd loses some hundred roundings over |dy| / |y| in its gradient (330 seen, an MLP of
+# width 1024). A wrong derivative is wrong in its first digit.
+_GRADIENT_FACTOR = 3000
+_GRADIENT_SLACK = 0.02
+# Where autograd's gradient would be mostly noise there is nothing to compare with.
+_LARGEST_SLACK = 0.5
 
 
 class Mismatch(Exception):
@@ -56,25 +61,25 @@ def verify(
     size = (len(finetuned), _ANCHORS, *shape[1:])
     anchors = torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
     layers = [_in(dtype, layer) for layer in (pretrained, *finetuned)]
-    rounding = 2**-53 if dtype == torch.float64 else _ROUNDING[materials.precision.name]
+    unit = 2**-53 if dtype == torch.float64 else 2**-24
+    name = "fp32" if dtype == torch.float64 else materials.precision.name
+    rounding = _OUTPUT_FACTOR[name] * (unit if name == "fp32" else _ROUNDING[name])
     y, dy = problem.outputs(anchors)
-    moved = 1.0
+    moved = 0.0
     for k, x in enumerate(anchors):
         expected, tuned = call_layer(layers[0], x), call_layer(layers[k + 1], x)
-        step = (tuned - expected).norm() / expected.norm()
-        slack = _OUTPUT_FACTOR * rounding
-        _compare("output of the pretrained layer", y[k], expected, slack)
-        _compare(f"output of fine-tuned layer {k}", y[k] + dy[k], tuned, slack)
+        _compare("output of the pretrained layer", y[k], expected, rounding)
+        _compare(f"output of fine-tuned layer {k}", y[k] + dy[k], tuned, rounding)
         if k == 0:
-            moved = float(step)
-    if moved < 1e-6:
-        return  # the layers answer alike; a gradient of float32 autograd would be noise
+            moved = float((tuned - expected).norm() / expected.norm())
+    slack = _GRADIENT_SLACK + rounding
+    slack = slack + _GRADIENT_FACTOR * unit / moved if moved > 0 else torch.inf
+    if slack > _LARGEST_SLACK:
+        return
     oracle = AutogradProblem(layers[0], layers[1:2], distance=distance)
     theirs = oracle.evaluate(anchors[:1]).grad[0]
     ours = problem.evaluate(anchors).grad[0]
-    unit = 2**-53 if dtype == torch.float64 else 2**-24
-    slack = _OUTPUT_FACTOR * rounding + _GRADIENT_FACTOR * unit / moved
-    _compare("gradient of the alignment loss", ours, theirs, min(slack, 0.5))
+    _compare("gradient of the alignment loss", ours, theirs, slack)
 
 
 def _compare(what: str, ours: Tensor, theirs: Tensor, slack: float) -> None:
