@@ -14,12 +14,9 @@ from fda_fast.ops import memory
 from fda_fast.ops.reference import attention as twin
 
 from . import launch
-from .attention_reverse import (
+from .attention_reverse import _attention_reverse_columns_kernel, _attention_reverse_rows_kernel
+from .attention_sweeps import (
     _attention_backward_columns_kernel,
-    _attention_reverse_columns_kernel,
-    _attention_reverse_rows_kernel,
-)
-from .attention_rows import (
     _attention_backward_rows_kernel,
     _attention_forward_kernel,
     _attention_tangent_kernel,
@@ -28,6 +25,8 @@ from .attention_tiles import N_STATISTICS
 
 LONGEST = 512
 WIDEST_HEAD = 128
+# Columns of the heads taken at a time in products that form score matrices.
+CHUNK = 16
 
 
 @triton.jit
@@ -139,10 +138,10 @@ class Sweeps:
         across = heads.key_value if by_key else heads.query
         with launch.on(self.x):
             kernel[(n * across, triton.cdiv(tokens, one.block))](
-                *pointers, n * heads.query, tokens, heads.scale, **flags,
+                *pointers, n * heads.query, tokens, heads.size, heads.scale, **flags,
                 HQ=heads.query, HKV=heads.key_value, SIZE=heads.size, CAUSAL=heads.causal,
                 WINDOW=heads.window or 0, PRECISION=self.products, BLOCK=one.block,
-                D=max(16, triton.next_power_of_2(heads.size)), **one.options(),
+                CHUNK=CHUNK, D=max(16, triton.next_power_of_2(heads.size)), **one.options(),
             )  # fmt: skip
 
     def _output(self):

@@ -1,10 +1,12 @@
 """Device functions of attention: tiles of packed rows, masks, score matrices.
 
-A packed row is [q heads | k heads | v heads]. A tile is [BLOCK tokens, D] of one head with D the
-power of two that holds a head; columns beyond the head's size are zero. Keys and values are taken
-less their mean over the tokens of the sequence: rows of P sum to one and rows of its derivatives
-to zero, so the mean drops out of everything but y = P v, and low-precision products keep their
-digits for the rest.
+A packed row is [q heads | k heads | v heads]. Keys and values are taken less their mean over the
+tokens of the sequence: rows of P sum to one and rows of its derivatives to zero, so the mean drops
+out of everything but y = P v, and low-precision products keep their digits for the rest.
+
+Score matrices are formed CHUNK columns of the heads at a time. Whole heads would hold up to twelve
+operands of the matrix units in registers at once, and spill; so would an unrolled loop over the
+chunks, which is why the size of a head arrives as a number too, besides the constant SIZE.
 """
 
 import triton
@@ -22,51 +24,52 @@ MAX = tl.constexpr(0)  # largest score, and one over the sum of exponentials
 INV = tl.constexpr(1)
 MAX_F = tl.constexpr(2)  # the same of the fine-tuned branch
 INV_F = tl.constexpr(3)
-MU = tl.constexpr(4)  # mean of dS under P
-ME = tl.constexpr(5)  # mean of expm1(dS - mu) under P, or PLAIN
+MU = tl.constexpr(4)  # mean of dR under P
+ME = tl.constexpr(5)  # mean of expm1(dR - mu) under P, or PLAIN
 MEAN_A = tl.constexpr(6)  # mean of g v^T under P
-MEAN_T = tl.constexpr(7)  # mean of tS under P
+MEAN_T = tl.constexpr(7)  # mean of tR under P
 MEAN_AF = tl.constexpr(8)  # mean of b v_f^T under P_f
 MEAN_Z = tl.constexpr(9)  # mean of Z under P, plus the sum of D
 N_STATISTICS = 10
 
 
 @triton.jit
-def rows_of(
-    ptr, base, first, tokens, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr
-):
-    """Tile of tokens first .. first + BLOCK; zero outside the sequence and the head."""
+def tile(ptr, at, first, tokens, stride, left, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tokens first .. first + BLOCK, columns at .. at + COLUMNS; zero beyond T and ``left``."""
     r = first + tl.arange(0, BLOCK)
-    c = tl.arange(0, D)
-    mask = (r[:, None] < tokens) & (c[None, :] < SIZE)
-    at = ptr + base + r[:, None].to(tl.int64) * stride + c[None, :]
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    c = tl.arange(0, COLUMNS)
+    mask = (r[:, None] < tokens) & (c[None, :] < left)
+    # Offsets inside a sequence fit in 32 bits, which halves the registers that hold them.
+    where = ptr + at + (r[:, None] * stride + c[None, :])
+    return tl.load(where, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def mean_of(mean_ptr, at, SIZE: tl.constexpr, D: tl.constexpr):
-    """Token mean [1, D] of one head."""
-    c = tl.arange(0, D)
-    return tl.load(mean_ptr + at + c, mask=c < SIZE, other=0.0)[None, :]
+def mean_of(mean_ptr, at, left, COLUMNS: tl.constexpr):
+    """Token mean [1, COLUMNS] of those columns."""
+    c = tl.arange(0, COLUMNS)
+    return tl.load(mean_ptr + at + c, mask=c < left, other=0.0)[None, :]
 
 
 @triton.jit
-def store_rows(
-    ptr, base, first, tokens, stride, tile,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+def centred(
+    ptr, mean_ptr, base, mean_base, at, first, tokens, stride, left,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile back to where ``rows_of`` would read it."""
-    r = first + tl.arange(0, BLOCK)
-    c = tl.arange(0, D)
-    mask = (r[:, None] < tokens) & (c[None, :] < SIZE)
-    tl.store(ptr + base + r[:, None].to(tl.int64) * stride + c[None, :], tile, mask=mask)
+    """A tile of keys or values less their token mean."""
+    value = tile(ptr, base + at, first, tokens, stride, left, BLOCK, COLUMNS)
+    return value - mean_of(mean_ptr, mean_base + at, left, COLUMNS)
 
 
 @triton.jit
-def columns_of(n, h, HQ: tl.constexpr, HKV: tl.constexpr, SIZE: tl.constexpr):
-    """Columns of query head h, and of its key and value head, in a packed row."""
-    kv = h // (HQ // HKV)
-    return h * SIZE, (HQ + kv) * SIZE, (HQ + HKV + kv) * SIZE
+def store_tile(
+    ptr, at, first, tokens, stride, left, value, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Write a tile where ``tile`` would read it."""
+    r = first + tl.arange(0, BLOCK)
+    c = tl.arange(0, COLUMNS)
+    mask = (r[:, None] < tokens) & (c[None, :] < left)
+    tl.store(ptr + at + (r[:, None] * stride + c[None, :]), value, mask=mask)
 
 
 @triton.jit
@@ -92,31 +95,86 @@ def outer(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def scores(q, dq, k, dk, scale, FINETUNED: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores; FINETUNED as pretrained ones plus difference, like the saved statistics saw them."""
-    S = outer(q, k, PRECISION) * scale
-    if FINETUNED:
-        S += (outer(dq, k, PRECISION) + outer(q + dq, dk, PRECISION)) * scale
-    return S
-
-
-@triton.jit
-def keys_and_values(
-    x_ptr, dx_ptr, mean_ptr, dmean_ptr, base, mean_base, k_at, v_at, first, tokens, packed,
-    FINETUNED: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+def scores(
+    x_ptr, dx_ptr, t_ptr, mean_ptr, dmean_ptr, tmean_ptr, g_ptr, S_ptr, b_ptr,
+    n, h, q_first, k_first, tokens, size, scale,
+    HAS_DX: tl.constexpr, HAS_T: tl.constexpr, HAS_G: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_S: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """k, dk and v of a block less their means; FINETUNED: v of the fine-tuned branch."""
-    k = rows_of(x_ptr, base + k_at, first, tokens, packed, SIZE, BLOCK, D)
-    v = rows_of(x_ptr, base + v_at, first, tokens, packed, SIZE, BLOCK, D)
-    k -= mean_of(mean_ptr, mean_base + k_at, SIZE, D)
-    v -= mean_of(mean_ptr, mean_base + v_at, SIZE, D)
-    dk = k
-    if FINETUNED:
-        dk = rows_of(dx_ptr, base + k_at, first, tokens, packed, SIZE, BLOCK, D)
-        dk -= mean_of(dmean_ptr, mean_base + k_at, SIZE, D)
-        v += rows_of(dx_ptr, base + v_at, first, tokens, packed, SIZE, BLOCK, D)
-        v -= mean_of(dmean_ptr, mean_base + v_at, SIZE, D)
-    return k, dk, v
+    """Score matrices of one block of queries and one of keys, zero where their inputs are absent.
+
+    R = scale q k^T                          dR = scale (dq k^T + (q + dq) dk^T)   HAS_DX
+    tR = scale (tq k^T + q tk^T)   HAS_T     A = g v^T                             HAS_G
+    A_f = b (v + dv)^T             HAS_B     Z = S v^T + b dv^T + g tv^T           HAS_S
+    """
+    kv = h // (HQ // HKV)
+    packed = (HQ + 2 * HKV) * SIZE
+    base = n * tokens * packed
+    out = n * tokens * HQ * SIZE
+    R = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    dR = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    tR = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    A = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    A_f = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    Z = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    for c in range(0, size, CHUNK):
+        left = size - c
+        q_at = h * SIZE + c
+        k_at = (HQ + kv) * SIZE + c
+        q = tile(x_ptr, base + q_at, q_first, tokens, packed, left, BLOCK, CHUNK)
+        k = centred(
+            x_ptr, mean_ptr, base, n * packed, k_at, k_first, tokens, packed, left, BLOCK, CHUNK
+        )
+        R += outer(q, k, PRECISION)
+        if HAS_T:
+            tq = tile(t_ptr, base + q_at, q_first, tokens, packed, left, BLOCK, CHUNK)
+            tk = centred(
+                t_ptr, tmean_ptr, base, n * packed, k_at, k_first, tokens, packed, left,
+                BLOCK, CHUNK,
+            )  # fmt: skip
+            tR += outer(tq, k, PRECISION)
+            tR += outer(q, tk, PRECISION)
+        if HAS_DX:
+            dq = tile(dx_ptr, base + q_at, q_first, tokens, packed, left, BLOCK, CHUNK)
+            dk = centred(
+                dx_ptr, dmean_ptr, base, n * packed, k_at, k_first, tokens, packed, left,
+                BLOCK, CHUNK,
+            )  # fmt: skip
+            dR += outer(dq, k, PRECISION)
+            dR += outer(q + dq, dk, PRECISION)
+    # A loop of their own: the addresses and operands of both sides together would spill.
+    if HAS_G or HAS_B:
+        for c in range(0, size, CHUNK):
+            left = size - c
+            q_at = h * SIZE + c
+            v_at = (HQ + HKV + kv) * SIZE + c
+            v = centred(
+                x_ptr, mean_ptr, base, n * packed, v_at, k_first, tokens, packed, left, BLOCK, CHUNK
+            )
+            if HAS_S:
+                S = tile(S_ptr, out + q_at, q_first, tokens, HQ * SIZE, left, BLOCK, CHUNK)
+                Z += outer(S, v, PRECISION)
+            if HAS_G:
+                g = tile(g_ptr, out + q_at, q_first, tokens, HQ * SIZE, left, BLOCK, CHUNK)
+                A += outer(g, v, PRECISION)
+                if HAS_S:
+                    tv = centred(
+                        t_ptr, tmean_ptr, base, n * packed, v_at, k_first, tokens, packed, left,
+                        BLOCK, CHUNK,
+                    )  # fmt: skip
+                    Z += outer(g, tv, PRECISION)
+            if HAS_B:
+                b = tile(b_ptr, out + q_at, q_first, tokens, HQ * SIZE, left, BLOCK, CHUNK)
+                dv = centred(
+                    dx_ptr, dmean_ptr, base, n * packed, v_at, k_first, tokens, packed, left,
+                    BLOCK, CHUNK,
+                )  # fmt: skip
+                A_f += outer(b, v + dv, PRECISION)
+                if HAS_S:
+                    Z += outer(b, dv, PRECISION)
+    return R * scale, dR * scale, tR * scale, A, A_f, Z
 
 
 @triton.jit
@@ -135,15 +193,15 @@ def store_statistic(stats_ptr, which, n_heads, head, first, tokens, value, BLOCK
 
 
 @triton.jit
-def probabilities(S, ok, row_max, inverse):
+def probabilities(R, ok, row_max, inverse):
     """P from scores and the saved statistics of its rows; zero where a query may not look."""
-    return tl.exp(tl.where(ok, S - row_max, -1e30)) * inverse
+    return tl.exp(tl.where(ok, R - row_max, -1e30)) * inverse
 
 
 @triton.jit
-def probability_difference(S, dS, P, ok, mu, me, max_f, inv_f):
-    """softmax(S + dS) - softmax(S) without cancellation: P (e - m) / (1 + m)."""
-    e = expm1(tl.minimum(dS - mu, LARGE))
+def probability_difference(R, dR, P, ok, mu, me, max_f, inv_f):
+    """softmax(R + dR) - softmax(R) without cancellation: P (e - m) / (1 + m)."""
+    e = expm1(tl.minimum(dR - mu, LARGE))
     plain = me < -1.0
     small = P * (e - me) / tl.where(plain, 1.0, 1.0 + me)
-    return tl.where(plain, probabilities(S + dS, ok, max_f, inv_f) - P, small)
+    return tl.where(plain, probabilities(R + dR, ok, max_f, inv_f) - P, small)

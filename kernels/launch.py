@@ -29,15 +29,21 @@ class Launch:
             program; a power of two.
         num_warps: warps of one program.
         num_stages: depth of the software pipeline of loads inside loops.
+        max_registers: registers of one thread. Left to itself (None), the assembler may move a
+            few to memory where that lets one more block run; with a limit it does so at it only.
     """
 
     block: int
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None
 
     def options(self) -> dict[str, int]:
         """Keyword arguments every Triton launch takes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return options
 
 
 # Architecture -> alternatives, first is the default. 80: A100; 90: H100, H200; 100: B200.
@@ -136,8 +142,12 @@ def attention(tensor: torch.Tensor, kind: str, tokens: int, size: int, products:
         size: width of a head.
         products: "ieee" (float32 on the ordinary units) or "tf32" (tensor cores).
     """
-    if tokens <= 16:
-        return Launch(16, 2 if size <= 64 else 4)
-    if products == "ieee" or kind == "reverse" or size > 64 or tokens <= 32:
-        return Launch(32, 4 if size <= 64 else 8)
-    return Launch(64, 8)
+    if tokens <= 16 or (products == "ieee" and (kind == "reverse" or size > 64)):
+        block, num_warps = 16, 4
+    elif kind == "reverse":
+        block, num_warps = (32, 8) if size <= 64 else (16, 4)
+    elif products == "ieee" or tokens <= 32 or size > 64:
+        block, num_warps = 32, 8
+    else:
+        block, num_warps = 64, 8
+    return Launch(block, num_warps, max_registers=255)

@@ -126,6 +126,85 @@ def _gated(dtype):
     gated.adjoint("silu", x, x, y)
 
 
+def _norm(dtype):
+    from fda_fast.kernels import norm
+
+    def sweeps(kind, tasks, rows, width, biased):
+        x = _meta(tasks, rows, width, dtype=dtype)
+        w, c = _meta(width, dtype=dtype), _meta(width, dtype=dtype) if biased else None
+        m = _meta(tasks, width, dtype=dtype)
+        mc = m if biased else None
+        norm.forward(kind, x, x, w, c, m, mc, 1e-5)
+        norm.backward(kind, x, x, w, 1e-5, True, True, biased)
+        norm.tangent(kind, x, x, w, m, mc, 1e-5)
+        norm.reverse(kind, x, x, x, x, x, x, w, m, m, 1e-5, True)
+        norm.adjoint(kind, x, x, x, w, m, 1e-5, True, True, biased)
+
+    for width in (768, 1024, 1280):
+        sweeps("layer", 8, 3200, width, True)
+    for width in (4096, 5120, 8192):
+        sweeps("rms", 1, 8192, width, False)
+    x = _meta(8, 320, 768, dtype=dtype)
+    # The first norm of a block: nothing differs yet.
+    norm.forward("layer", x, None, x[0, 0], x[0, 0], None, None, 1e-5)
+    norm.reverse("layer", x, None, x, None, x, x, x[0, 0], x[0, :8], x[0, :8], 1e-5, False)
+
+
+def _similarity(dtype):
+    from fda_fast.kernels import similarity
+
+    for shape in ((1, 8192, 5120), (8, 64, 50 * 768), (1, 64, 257 * 1024)):
+        y = _meta(*shape, dtype=dtype)
+        for kind in ("cosine", "l2", "l1"):
+            similarity.forward(kind, y, y, 1.0)
+            similarity.reverse(kind, y, y, y, 1.0)
+
+
+def _alignment(dtype):
+    from fda_fast.kernels import alignment
+
+    for widths in ((13824, 13824), (768, 768, 768)):
+        g = _meta(1, 3200, sum(widths), dtype=dtype)
+        c = _meta(1, len(widths))
+        row = _meta(1, sum(widths))
+        alignment.dots(g, g, g, widths)
+        alignment.mix(c, g, c, g, widths, row)
+        alignment.mix(c, g, c, g, widths, None)
+        alignment.spread(g, c, c, g, widths)
+    p = _meta(8, 16)
+    alignment.coefficients(_meta(2, 8, 16), p, _meta(16, dtype=torch.bool), 1e-8)
+
+
+class _Named:
+    def __init__(self, name):
+        self.name = name
+
+
+def _attention(dtype):
+    from fda_fast.kernels import attention
+    from fda_fast.ops.attention import Heads
+
+    def sweeps(heads, tokens, precision, rope=None, needs_b=True):
+        x = _meta(512, tokens, heads.packed, dtype=dtype)
+        y = _meta(512, tokens, heads.query * heads.size, dtype=dtype)
+        _, _, later = attention.forward(x, x, heads, rope=rope, precision=_Named(precision))
+        later.backward(y)
+        later.tangent(x)
+        later.reverse(y, y, needs_b)
+        later.adjoint(y)
+
+    base = Heads(12, 12, 64, 0.125)
+    for tokens in (5, 50, 197):
+        sweeps(base, tokens, "tf32")
+    if dtype == torch.float32:
+        sweeps(base, 5, "fp32")
+        sweeps(base, 50, "fp32")
+        table = _meta(128, 128)
+        llama = Heads(40, 8, 128, 0.09, causal=True)
+        sweeps(llama, 128, "tf32", (table, table), needs_b=False)
+        sweeps(llama, 128, "fp32")
+
+
 def _adamw(dtype):
     from fda_fast.kernels import adamw
 
@@ -148,6 +227,10 @@ def _coefficients(dtype):
 CASES = {
     "activation": _activation,
     "gated": _gated,
+    "norm": _norm,
+    "similarity": _similarity,
+    "alignment": _alignment,
+    "attention": _attention,
     "adamw": _adamw,
     "coefficients": _coefficients,
 }
