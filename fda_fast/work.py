@@ -3,7 +3,7 @@
 Beside the output, as ``<output>.fda-work``:
 
     job.json                            what it belongs to (see ``WorkDirectory.open``)
-    lock                                held while a process works here
+    lock                                held while a process works here; its number
     anchors/<task>/<layer>.safetensors  finished anchors
     layers/<layer>.safetensors          finished merged layer; <layer>.json its losses
     output/                             the model being written
@@ -175,11 +175,12 @@ class WorkDirectory:
                 if fcntl is not None:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                holder = os.pread(handle, 20, 0).decode(errors="replace").strip()
                 os.close(handle)
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise  # a file system without locks says so itself
                 raise InputError(
-                    f"{self.path} is in use by another process",
+                    f"{self.path} is in use by another process{f' ({holder})' if holder else ''}",
                     fix="Wait for it, or choose another output directory.",
                 ) from None
             try:
@@ -189,6 +190,8 @@ class WorkDirectory:
                 same = False
             if same:
                 self._lock = handle
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
                 return
             os.close(handle)
             self.path.mkdir(parents=True, exist_ok=True)

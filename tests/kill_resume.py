@@ -47,52 +47,63 @@ def random_kills(config: Path, folder: Path, kills: int, seed: int) -> bool:
     """Start the command, kill it at a random time of its work; as often as asked, then let it be.
 
     Starting the interpreter and loading packages takes longer than a small merge, so the time is
-    counted from the moment the work directory appears.
+    counted from the moment the process takes the work directory's lock.
     """
     rng = random.Random(seed)
     span = _work_seconds(config, folder / "undisturbed" / "out")
     wanted = digest(folder / "undisturbed" / "out")
     print(f"undisturbed: {wanted[:16]}, {span:.2f} s of work")
-    agree = True
-    output = folder / "killed" / "out"
-    left = kills
-    while left:
+    agree, output = True, folder / "killed-0" / "out"
+    left, attempts = kills, 0
+    while left and attempts < 5 * kills:
+        attempts += 1
         delay = rng.uniform(0, span)
         process = subprocess.Popen(command(config, output))
         _wait_for_work(process, output)
-        try:
-            process.wait(delay)
-            print(f"finished before {delay:.2f} s: {digest(output)[:16]}")
-            agree &= digest(output) == wanted
-            output = output.parent.parent / f"again-{left}" / "out"
-            continue
-        except subprocess.TimeoutExpired:
-            process.kill()
+        _wait_for_output(process, output, delay)
+        if output.exists():  # too late to kill: this one is compared, and another one begun
             process.wait()
+            agree &= digest(output) == wanted
+            print(f"finished before {delay:.2f} s: {digest(output)[:16]}", flush=True)
+            output = folder / f"killed-{attempts}" / "out"
+            continue
+        process.kill()
+        process.wait()
+        left -= 1
         anchors, layers = finished(output)
         print(
             f"killed after {delay:.2f} s: {anchors} anchors, {layers} layers finished", flush=True
         )
-        left -= 1
-    subprocess.run(command(config, output), check=True)
+    if not output.exists():
+        subprocess.run(command(config, output), check=True)
     agree &= digest(output) == wanted
     print(f"resumed:     {digest(output)[:16]}")
-    return agree
+    return agree and left == 0
 
 
 def _work_seconds(config: Path, output: Path) -> float:
     process = subprocess.Popen(command(config, output))
     _wait_for_work(process, output)
     begun = time.monotonic()
+    _wait_for_output(process, output, 3600)
+    seconds = time.monotonic() - begun
     if process.wait() != 0:
         raise SystemExit("the merge fails undisturbed")
-    return time.monotonic() - begun
+    return seconds
+
+
+def _wait_for_output(process: subprocess.Popen[bytes], output: Path, at_most: float) -> None:
+    end = time.monotonic() + at_most
+    while process.poll() is None and not output.exists() and time.monotonic() < end:
+        time.sleep(0.002)
 
 
 def _wait_for_work(process: subprocess.Popen[bytes], output: Path) -> None:
-    job = output.parent / f"{output.name}.fda-work" / "job.json"
-    while process.poll() is None and not job.exists():
-        time.sleep(0.005)
+    lock = output.parent / f"{output.name}.fda-work" / "lock"
+    while process.poll() is None:
+        if lock.exists() and lock.read_text().strip() == str(process.pid):
+            return
+        time.sleep(0.002)
 
 
 def everywhere(config: Path, folder: Path, every: int) -> bool:
