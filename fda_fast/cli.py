@@ -59,11 +59,28 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise typer.Exit(0) from None
             _complain(_describe(error))
             raise typer.Exit(FAILED) from None
+        except RuntimeError as error:
+            if not _is_explained(error):
+                raise
+            notes = " ".join(getattr(error, "__notes__", []))
+            _complain(f"{error} {notes}".strip())
+            raise typer.Exit(FAILED) from None
         except KeyboardInterrupt:
             _complain("Interrupted. Finished work is kept; the same command goes on from there.")
             raise typer.Exit(INTERRUPTED) from None
 
     return run
+
+
+def _is_explained(error: RuntimeError) -> bool:
+    """Whether a run failed for a reason that its message tells, rather than through a bug."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__") if trace is not None else None
+    return raised_in in ("fda_fast.construct", "fda_fast.adapt")
 
 
 def _complain(text: str) -> None:

@@ -140,7 +140,7 @@ class Parameters(_Strict):
     preset: str | None = None
     start: Start | None = None
     weight: Finite | None = None
-    scaling: Finite | None = Field(None, validation_alias=AliasChoices("scaling", "lambda"))
+    scaling: Finite | None = Field(default=None, validation_alias=AliasChoices("scaling", "lambda"))
     init: Literal["weights", "gaussian"] | None = None
     anchors: Count | None = None
     tokens: Count | None = None
@@ -354,9 +354,11 @@ def _as_input_error(
         return InputError(f"{place}: {key} is missing", fix=rest.strip())
     if kind == "literal_error":
         known = _literals(first)
-        fix = suggestion(str(value), known) if isinstance(value, str) else None
         return InputError(
-            f"{place}: {key}", expected=" or ".join(known), got=_SHORT.repr(value), fix=fix
+            f"{place}: {key}",
+            expected=" or ".join(known),
+            got=_SHORT.repr(value),
+            fix=suggestion(value, known) if isinstance(value, str) else None,
         )
     if kind == "value_error":
         reason = first["msg"].removeprefix("Value error, ")

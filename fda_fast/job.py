@@ -18,6 +18,7 @@ from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.config import MergeConfig
 from fda_fast.errors import InputError
 from fda_fast.ops import dispatch
+from fda_fast.presets import Scope
 from fda_fast.references import locate, split_reference
 from fda_fast.settings import Settings, choose_preset, requested_scope, resolve, task_names
 from fda_fast.version import __version__
@@ -135,7 +136,7 @@ def prepare(config: MergeConfig, device: str = "auto") -> Job:
         for name, reference in zip(names, references, strict=True)
     }
     largest = max(layout.layers, key=lambda spec: spec.numel)
-    scope = largest.scope
+    scope: Scope = "mlp" if largest.scope == "mlp" else "block"
     preset = choose_preset(
         config.parameters.preset,
         scope=scope,

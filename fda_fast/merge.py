@@ -160,7 +160,7 @@ def run(
             if mode == "construct":
                 publish_anchors(work, target)
             else:
-                write_model(job, work, target, layers, keep_anchors=keep_anchors)
+                write_model(job, work, target, layers, display=shown, keep_anchors=keep_anchors)
             seconds = _total(layers)
             seconds["write"] = time.monotonic() - writing
             work.remove()

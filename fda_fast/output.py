@@ -19,6 +19,7 @@ from fda_fast.checkpoints.outputs import check_disk, sync_directory
 from fda_fast.checkpoints.writer import MergedWriter
 from fda_fast.job import Job
 from fda_fast.layerwork import LayerResult
+from fda_fast.progress import Display
 from fda_fast.startpoint import merged_tensor
 from fda_fast.work import WorkDirectory, file_name
 
@@ -78,6 +79,7 @@ def write_model(
     target: Path,
     layers: Sequence[LayerResult],
     *,
+    display: Display,
     keep_anchors: bool = False,
 ) -> None:
     """Write the merged checkpoint; it appears complete or not at all.
@@ -87,6 +89,7 @@ def write_model(
         work: with every layer finished.
         target: the output folder.
         layers: results, for the report.
+        display: shows how many tensors are written.
         keep_anchors: move the anchors to ``target/anchors``.
 
     Raises:
@@ -97,9 +100,11 @@ def write_model(
     owner = {name: spec.name for spec in job.layers for name in spec.parameters.values()}
     config = _public_config(job)
     with MergedWriter(target, job.layout, dtype=written_dtype(job), scratch=scratch) as writer:
-        for name in writer.names:
+        display.begin("write", target.name, len(layers) - 1, len(writer.names), [])
+        for done, name in enumerate(writer.names):
             writer.add(name, _final(job, work, name, owner.get(name)))
-        report = {"settings": job.settings.as_dict(), "notes": job.notes}
+            display.on_tensor(done + 1)
+        report: dict[str, Any] = {"settings": job.settings.as_dict(), "notes": job.notes}
         report["layers"] = [layer.as_record() for layer in layers]
         (scratch / REPORT).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
         if keep_anchors and job.settings.optimises:

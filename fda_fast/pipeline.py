@@ -84,7 +84,11 @@ def process_layer(
         begun = time.monotonic()
         inputs = read_layer(job, index)
         result.seconds["read"] = time.monotonic() - begun
-        tensors = _optimise(job, work, inputs, display, mode, source, result)
+        try:
+            tensors = _optimise(job, work, inputs, display, mode, source, result)
+        except RuntimeError as error:
+            error.add_note(f"(layer {spec.name})")
+            raise
     else:
         begun = time.monotonic()
         tensors = {name: merged_tensor(job, name) for name in spec.parameters.values()}

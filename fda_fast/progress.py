@@ -55,6 +55,8 @@ class Estimate:
 
     def spent(self, phase: str, seconds: float) -> None:
         """Learn the shares of the phases from a finished one."""
+        if phase not in self._seconds:
+            return
         self._seconds[phase] += seconds
         total = sum(self._seconds.values())
         if self.done > self.resumed and total > 0:
@@ -78,7 +80,8 @@ class Display:
     """The silent display, and the protocol of the others.
 
     A merge calls ``start``, then per layer ``begin`` (once per phase), ``on_step`` or
-    ``on_epoch`` at will, ``end`` after each phase and ``layer_done``; ``note`` at any time. Used
+    ``on_epoch`` at will, ``end`` after each phase and ``layer_done``; then ``begin`` and
+    ``on_tensor`` while the model is written; ``note`` at any time. Used
     as a context manager it restores the terminal whatever happens.
     """
 
@@ -106,7 +109,7 @@ class Display:
     def begin(
         self, phase: str, layer: str, index: int, total: int, tasks: Sequence[str], of: int = 1
     ) -> None:
-        """A phase ("construct" or "adapt") of layer number ``index`` begins.
+        """A phase ("construct", "adapt", "write") of layer number ``index`` begins.
 
         Args:
             phase: its name.
@@ -137,6 +140,12 @@ class Display:
             return
         self._report(epoch, loss.item())
 
+    def on_tensor(self, done: int) -> None:
+        """After every tensor of the model written."""
+        if time.monotonic() >= self._next:
+            self._update(done, None)
+            self._next = time.monotonic() + self.interval
+
     def end(self) -> None:
         """The phase is over."""
         self._estimate.spent(self._phase, time.monotonic() - self._begun)
@@ -157,7 +166,7 @@ class Display:
     def _show(self, tasks: str) -> None:
         """A phase begins: draw it."""
 
-    def _update(self, step: int, loss: float) -> None:
+    def _update(self, step: int, loss: float | None) -> None:
         """New numbers: draw them."""
 
     def _left(self) -> str:
@@ -192,7 +201,10 @@ class Log(Display):
     def _show(self, tasks: str) -> None:
         self._tasks = tasks
 
-    def _update(self, step: int, loss: float) -> None:
+    def _update(self, step: int, loss: float | None) -> None:
+        if loss is None:
+            self._line(f"{self._phase} {self._layer} | {step}/{self._total} tensors")
+            return
         parts = [self._where(), f"{self._phase} {self._tasks}", f"{step}/{self._total}"]
         parts.append(f"loss {loss:.4f}")
         if self._cosine is not None:
@@ -261,8 +273,8 @@ class Terminal(Display):
             text="",
         )
 
-    def _update(self, step: int, loss: float) -> None:
-        text = f"loss {loss:.4f}"
+    def _update(self, step: int, loss: float | None) -> None:
+        text = "" if loss is None else f"loss {loss:.4f}"
         if self._cosine is not None:
             text += f"  mean cos {self._cosine:.3f}"
         if self._layers is None:

@@ -68,6 +68,15 @@ class Settings:
         return found
 
 
+def named_preset(name: str) -> Preset:
+    """The preset of this name; InputError suggests the nearest one otherwise."""
+    if name not in PRESETS:
+        raise InputError(
+            "preset", expected=" | ".join(PRESETS), got=repr(name), fix=suggestion(name, PRESETS)
+        )
+    return PRESETS[name]
+
+
 def choose_preset(
     name: str | None,
     *,
@@ -89,14 +98,7 @@ def choose_preset(
         InputError: an unknown name.
     """
     if name is not None:
-        if name not in PRESETS:
-            raise InputError(
-                "preset",
-                expected=" | ".join(PRESETS),
-                got=repr(name),
-                fix=suggestion(name, PRESETS),
-            )
-        return PRESETS[name]
+        return named_preset(name)
     model = model or {}
     published = {
         ("roberta", 768, 12, "block"): "roberta-base",
@@ -109,10 +111,10 @@ def choose_preset(
     return default_preset(width, scope, n_params=n_params)
 
 
-def requested_scope(parameters: Parameters) -> str:
+def requested_scope(parameters: Parameters) -> Literal["auto", "block", "mlp"]:
     """The scope to look for layers with: asked for, the preset's, or "auto"."""
-    if parameters.scope == "auto" and parameters.preset in PRESETS:
-        return PRESETS[parameters.preset].scope
+    if parameters.scope == "auto" and parameters.preset is not None:
+        return named_preset(parameters.preset).scope
     return parameters.scope
 
 

@@ -293,9 +293,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     chunks = (
-        memoryview(tensor.detach().float().cpu().contiguous().numpy()).cast("B")
-        if tensor.numel()
-        else b""
+        tensor.detach().float().cpu().contiguous().reshape(-1).numpy().view("u1").data
         for tensor in tensors.values()
     )
     write_atomically(path, len(head).to_bytes(8, "little"), head, *chunks)

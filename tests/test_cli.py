@@ -166,6 +166,15 @@ def test_inspect(tiny, tmp_path: Path, monkeypatch) -> None:
     assert "unfinished merge" in stdout and stdout.count("movie, news, lora") >= 2
 
 
+def test_a_diverging_adaptation_is_said_without_traceback(tiny, tmp_path: Path) -> None:
+    code, _, stderr = invoke(
+        "merge", tiny.config(tmp_path), tmp_path / "out", "--quiet", "--set", "adapt_lr=1e30"
+    )
+    assert code == 1
+    assert "adaptation loss is not finite" in stderr and "encoder.layer.0" in stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_version_and_help() -> None:
     assert invoke("--version") == (0, f"fda-fast {__version__}\n", "")
     code, stdout, _ = invoke("--help")

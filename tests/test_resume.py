@@ -65,6 +65,7 @@ def test_killed_at_changes_of_the_disk(tiny, tmp_path: Path) -> None:
     assert "same bytes" in done.stdout and "NOT" not in done.stdout
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(tiny, tmp_path: Path) -> None:
     seed = str(time.time_ns() % 1000)
     config = tiny.config(tmp_path, steps=60)
