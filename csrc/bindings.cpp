@@ -66,13 +66,13 @@ struct Wire<T*> {
 };
 
 // One kernel as a function of the module, named arguments in the order of its declaration.
-template <typename... Args, typename... Names>
-void def(py::module_& m, const char* name, void (*Kernels::* kernel)(Args...), Names... names) {
+template <typename Result, typename... Args, typename... Names>
+void def(py::module_& m, const char* name, Result (*Kernels::* kernel)(Args...), Names... names) {
   static_assert(sizeof...(Args) == sizeof...(Names), "one name for each argument");
   m.def(
       name,
       [kernel](typename Wire<Args>::type... args) {
-        (chosen->*kernel)(Wire<Args>::read(args)...);
+        return (chosen->*kernel)(Wire<Args>::read(args)...);
       },
       py::arg(names)..., py::call_guard<py::gil_scoped_release>());
 }
@@ -123,6 +123,18 @@ PYBIND11_MODULE(_C, m) {
       "widths", "b", "alpha", "beta", "g", "merged", "scaled", "threads");
   def(m, "alignment_coefficients", &Kernels::alignment_coefficients, "tasks", "parameters",
       "dots", "squares", "active", "eps", "loss", "cosines", "coefficients");
+
+  def(m, "attention_scratch", &Kernels::attention_scratch, "sizes");
+  def(m, "attention_forward", &Kernels::attention_forward, "sizes", "scale", "cos", "sin", "x",
+      "dx", "y", "dy", "P", "dP", "scratch", "threads");
+  def(m, "attention_backward", &Kernels::attention_backward, "sizes", "scale", "cos", "sin", "x",
+      "g", "P", "A", "g_x", "scratch", "threads");
+  def(m, "attention_tangent", &Kernels::attention_tangent, "sizes", "scale", "cos", "sin", "x",
+      "t", "P", "tS", "t_y", "scratch", "threads");
+  def(m, "attention_reverse", &Kernels::attention_reverse, "sizes", "scale", "cos", "sin", "x",
+      "dx", "g", "t", "S", "b", "P", "dP", "A", "tS", "S_x", "b_x", "scratch", "threads");
+  def(m, "attention_adjoint", &Kernels::attention_adjoint, "sizes", "scale", "cos", "sin", "x",
+      "dx", "b", "P", "dP", "b_x", "scratch", "threads");
 
   def(m, "adamw_step", &Kernels::adamw_step, "tasks", "n", "anchors", "grad", "exp_avg",
       "exp_avg_sq", "loss", "best_loss", "best", "beta2", "gain1", "gain2", "step_size", "root",

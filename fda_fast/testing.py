@@ -56,7 +56,7 @@ def assert_no_worse_than_torch(
     gold = gold.cpu()
     odd = ~torch.isfinite(wide) & torch.isfinite(gold)
     if odd.any():
-        where = _index(odd.flatten().to(torch.uint8).argmax().item(), gold.shape)
+        where = _index(int(odd.flatten().to(torch.uint8).argmax()), gold.shape)
         raise AssertionError(f"{name}: {int(odd.sum())} elements not finite, the first at {where}")
     error = (wide - gold).abs()
     worst = error.max().item()

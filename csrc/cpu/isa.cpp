@@ -5,6 +5,7 @@
 // for AVX-512 with one that a smaller machine runs.
 #include "activation.h"
 #include "alignment.h"
+#include "attention_reverse.h"
 #include "gated.h"
 #include "kernels.h"
 #include "norm_backward.h"
@@ -37,6 +38,12 @@ extern const Kernels table = {
     alignment_mix,
     alignment_spread,
     alignment_coefficients,
+    attention_scratch,
+    attention_forward,
+    attention_backward,
+    attention_tangent,
+    attention_reverse,
+    attention_adjoint,
     adamw_step,
     coefficients_update,
 };

@@ -72,6 +72,28 @@ struct Kernels {
                                  const unsigned char* active, double eps, float* loss,
                                  float* cosines, float* coefficients);
 
+  // Attention of N sequences; sizes = {N, T, query heads, key/value heads, head size, window,
+  // rotary columns}, see AttentionLayout in attention.h. P, dP, A, tS are [N, key_value, Q, tp];
+  // scratch holds attention_scratch(sizes) float32 for each thread.
+  int64_t (*attention_scratch)(const int64_t* sizes);
+  void (*attention_forward)(const int64_t* sizes, float scale, const float* cos, const float* sin,
+                            const float* x, const float* dx, float* y, float* dy, float* P,
+                            float* dP, float* scratch, int threads);
+  void (*attention_backward)(const int64_t* sizes, float scale, const float* cos,
+                             const float* sin, const float* x, const float* g, const float* P,
+                             float* A, float* g_x, float* scratch, int threads);
+  void (*attention_tangent)(const int64_t* sizes, float scale, const float* cos, const float* sin,
+                            const float* x, const float* t, const float* P, float* tS, float* t_y,
+                            float* scratch, int threads);
+  void (*attention_reverse)(const int64_t* sizes, float scale, const float* cos, const float* sin,
+                            const float* x, const float* dx, const float* g, const float* t,
+                            const float* S, const float* b, const float* P, const float* dP,
+                            const float* A, const float* tS, float* S_x, float* b_x,
+                            float* scratch, int threads);
+  void (*attention_adjoint)(const int64_t* sizes, float scale, const float* cos, const float* sin,
+                            const float* x, const float* dx, const float* b, const float* P,
+                            const float* dP, float* b_x, float* scratch, int threads);
+
   // One Adam update with decoupled weight decay on K tasks of n elements; where loss < best_loss,
   // best = anchors (before the update) first. gain = 1 - beta, step_size = lr / (1 - beta1^step),
   // root = sqrt(1 - beta2^step), decay = 1 - lr * weight_decay.

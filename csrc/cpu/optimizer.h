@@ -1,24 +1,12 @@
 // Adam in one pass: fda_fast/ops/adamw.py and fda_fast/ops/coefficients.py.
 #pragma once
 
+#include "../adam.h"
 #include "block.h"
 #include "parallel.h"
 
 namespace fda {
 namespace FDA_ISA {
-
-struct Adam {
-  // gain = 1 - beta, formed in float64: from a float32 beta it would be off by 1e-5 of itself.
-  float beta2, gain1, gain2, step_size, root, eps;
-};
-
-// The new value; the moments are updated. torch's order of operations.
-static inline __attribute__((always_inline)) float adam(const Adam& a, float value, float grad,
-                                                        float& avg, float& avg_sq) {
-  avg += a.gain1 * (grad - avg);
-  avg_sq = a.beta2 * avg_sq + a.gain2 * grad * grad;
-  return value - a.step_size * (avg / (__builtin_sqrtf(avg_sq) / a.root + a.eps));
-}
 
 static void adamw_step(int64_t K, int64_t n, float* anchors, const float* grad, float* exp_avg,
                        float* exp_avg_sq, const float* loss, float* best_loss, float* best,

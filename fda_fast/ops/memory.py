@@ -114,7 +114,8 @@ def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) 
         out = torch.empty(shape, dtype=dtype, device=like.device)
     else:
         storage = torch.from_numpy(_pool.lease(nbytes)).untyped_storage()
-        out = torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+        # Strides may be left out, which torch's own annotations do not know.
+        out = torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload]
     if _poisoned and dtype.is_floating_point:
         out.fill_(math.nan)
     return out
