@@ -117,7 +117,8 @@ class Parameters(_Strict):
         preset: published settings by model: see ``presets.PRESETS``; default: by the base model.
         start: where adaptation begins.
         weight: of every expert in Task Arithmetic, unless it has its own; default 1.
-        scaling: factor of the merged task vector (mergekit's ``lambda``).
+        scaling: factor of the merged task vector (mergekit's ``lambda``); by the preset, or 1,
+            as in mergekit, where weights are given.
         init: anchors from rows of the expert's weights, or Gaussian.
         anchors: number n of anchors per task and layer.
         tokens: tokens T per anchor (whole blocks only).
@@ -205,15 +206,18 @@ class MergeConfig(_Strict):
             raise ValueError(
                 f"merge_method is {self.merge_method!r} and start {start!r}: choose one"
             )
-        weighted = self.parameters.weight is not None or any(
-            entry.parameters.weight is not None for entry in self.models
-        )
-        if weighted and "task_arithmetic" not in (self.merge_method, start):
+        if self.weighted and "task_arithmetic" not in (self.merge_method, start):
             raise ValueError(
                 "weight needs merge_method or start task_arithmetic; TSV-M and WUDI weigh "
                 "the task vectors themselves, and a pretrained start uses none"
             )
         return self
+
+    @property
+    def weighted(self) -> bool:
+        """Whether task vectors are given weights of their own."""
+        weights = [self.parameters.weight, *(entry.parameters.weight for entry in self.models)]
+        return any(weight is not None for weight in weights)
 
     @property
     def written_dtype(self) -> str | None:

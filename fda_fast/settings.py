@@ -176,6 +176,8 @@ def resolve(config: MergeConfig, preset: Preset, scope: Scope) -> Settings:
             "scaling has no meaning with start: pretrained",
             fix="Choose start: task_arithmetic, tsv or wudi.",
         )
+    if given.scaling is None and start == "task_arithmetic" and config.weighted:
+        starting = dataclasses.replace(starting, scaling=1.0)  # mergekit's lambda
     if adapt.per_task:
         adapt = dataclasses.replace(adapt, coefficient=starting.scaling)
     return Settings(

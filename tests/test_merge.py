@@ -116,7 +116,8 @@ def test_plain_starts_agree_with_their_functions(tiny, tmp_path: Path, method: s
         assert torch.equal(merged[name], wanted), name
 
 
-def test_expert_weights_scale_task_arithmetic(tiny, tmp_path: Path) -> None:
+def test_expert_weights_mean_what_they_mean_in_mergekit(tiny, tmp_path: Path) -> None:
+    """W_0 + lambda * sum of weight * task vector, with lambda 1."""
     config = {
         "merge_method": "task_arithmetic",
         "base_model": str(tiny.base),
@@ -124,7 +125,6 @@ def test_expert_weights_scale_task_arithmetic(tiny, tmp_path: Path) -> None:
             {"model": str(tiny.experts[0]), "parameters": {"weight": 0.5}},
             {"model": str(tiny.experts[1]), "parameters": {"weight": 0.0}},
         ],
-        "parameters": {"lambda": 1.0},
     }
     run(parse(config), tmp_path / "out", device="cpu", progress=False)
     merged, base, movie = (weights(p) for p in (tmp_path / "out", tiny.base, tiny.experts[0]))
