@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-SMALL = ["--set", "anchors=6", "--set", "tokens=3", "--steps", "8", "--epochs", "5"]
-"""Settings for the command line that keep a merge of the tiny models under a second."""
-
 
 @dataclass(frozen=True)
 class TinyModels:
