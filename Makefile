@@ -24,6 +24,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/report.py --check
 
 unit: $(READY)
 	$(BIN)/pytest -m "not gpu" --ignore tests/kernels

@@ -1,0 +1,200 @@
+"""Write the README's tables from the committed result files.
+
+    python benchmarks/report.py            # rewrites README.md between its markers
+    python benchmarks/report.py --check    # fails if that would change it
+
+A marker pair `<!-- begin: NAME -->` ... `<!-- end: NAME -->` is filled by the function of that name
+below, from results/<machine>/NAME.json of every machine that has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+sys.path.insert(0, str(ROOT / "examples"))
+
+Result = dict[str, Any]
+
+
+def results(name: str) -> list[Result]:
+    """The result files of that name, one per machine, in the order of the machines' names."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+
+
+def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; the first ``left`` columns are text, the rest numbers."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
+
+
+def where(result: Result) -> str:
+    """Machine, versions and commit of a result, for the line under a table."""
+    stamp = result["environment"]
+    machine = stamp.get("gpu") or f"{stamp['cpu']}, {stamp['threads']} threads"
+    return f"{machine}; torch {stamp['torch']}; commit {stamp['commit']}; {stamp['date'][:10]}"
+
+
+def demo(result: Result) -> str:
+    """Accuracies of the demo's methods."""
+    from drawing import from_record, markdown_table
+
+    text = markdown_table(from_record(result["rows"])).rstrip()
+    note = (
+        f"Accuracy in % of one model on {result['texts_per_task']} held-out texts of each of four "
+        f"tasks; FDA rows: mean and standard deviation over {result['seeds']} seeds. `make demo` "
+        f"makes one seed of it. ({where(result)})"
+    )
+    return f"{text}\n\n{note}"
+
+
+ENGINES = {
+    "published": "published loop",
+    "compiled": "functional gradient, torch.compile",
+    "autograd": "autograd engine",
+    "fda_fast": "**fda_fast**",
+}
+
+
+def step(result: Result) -> str:
+    """Construction steps: time, memory and error beside the peers."""
+    rows = []
+    for case in dict.fromkeys(row["case"] for row in result["rows"]):
+        found = [row for row in result["rows"] if row["case"] == case]
+        base = found[0]["peak_bytes"]
+        for row in found:
+            engine = ENGINES[row["engine"]]
+            if row["backend"] != "auto":
+                engine = f"fda_fast, {row['backend']} twins"
+            rows.append(
+                [
+                    case,
+                    engine,
+                    row["precision"],
+                    f"{row['ms']:.1f}",
+                    f"{row['speedup']:.2f}x",
+                    f"{row['peak_bytes'] / base:.2f}",
+                    f"{row['grad_rel_error']:.1e}",
+                ]
+            )
+    head = ["layer", "engine", "precision", "ms", "speed", "memory", "error of dL/dX"]
+    share = result["rows"][0]["ratio"]
+    note = (
+        "One construction step. Speed and memory (beyond weights and anchors) are relative to the "
+        f"published loop in the same run; error against float64 autograd, fine-tuned weights "
+        f"{share:.0%} away. ({where(result)})"
+    )
+    return f"{table(head, rows, left=3)}\n\n{note}"
+
+
+def fidelity(result: Result) -> str:
+    """Error of dL/dX by precision and size of the task vector."""
+    found = result["fidelity"]
+    ratios = sorted({row["ratio"] for row in found}, reverse=True)
+    rows = []
+    for case in dict.fromkeys(row["case"] for row in found):
+        kinds = dict.fromkeys((r["engine"], r["precision"]) for r in found if r["case"] == case)
+        for engine, precision in kinds:
+            errors = {
+                row["ratio"]: row["grad_rel_error"]
+                for row in found
+                if (row["case"], row["engine"], row["precision"]) == (case, engine, precision)
+            }
+            name = "autograd" if engine == "autograd" else "**fda_fast**"
+            rows.append([case, name, precision, *(f"{errors[r]:.1e}" for r in ratios)])
+    head = ["layer", "engine", "precision", *(f"{r:g}" for r in ratios)]
+    note = (
+        "Relative error of dL/dX against float64 autograd, by |task vector| / |weights|. On a CPU "
+        f"tf32 and bf16 round the operands of every product as a GPU would. ({where(result)})"
+    )
+    return f"{table(head, rows, left=3)}\n\n{note}"
+
+
+def adapt(result: Result) -> str:
+    """Adaptation steps against merged weights rebuilt through autograd."""
+    rows = []
+    for case in result["rows"]:
+        slow, fast = case["rows"]
+        rows.append(
+            [
+                case["case"],
+                case["start"],
+                f"{slow['ms_median']:.1f}",
+                f"{fast['ms_median']:.1f}",
+                f"{case['speedup']:.2f}x",
+                f"{slow['weights_error']:.1e}",
+                f"{fast['weights_error']:.1e}",
+            ]
+        )
+    head = ["layer", "start", "published, ms", "fda_fast, ms", "speed", "error", "error, fda_fast"]
+    note = (
+        "One adaptation step, 8 tasks, batch 128. Error: distance of the adapted weights from a "
+        f"float64 run, relative to how far that run moved. ({where(result)})"
+    )
+    return f"{table(head, rows, left=2)}\n\n{note}"
+
+
+def starting(result: Result) -> str:
+    """TSV-M and WUDI against straightforward implementations."""
+    rows = []
+    for row in result["rows"]:
+        if "speedup" not in row:
+            continue
+        errors = [
+            "-" if row[key] is None else f"{row[key]:.1e}"
+            for key in ("plain_error", "fda_fast_error")
+        ]
+        shape = " x ".join(map(str, row["shape"]))
+        rows.append([row["method"], row["task_vectors"], shape, f"{row['speedup']:.1f}x", *errors])
+    head = ["starting point", "task vectors", "tasks x out x in", "speed", "error, plain", "error"]
+    note = (
+        "Against a straightforward implementation; errors relative to it in float64. "
+        f"({where(result)})"
+    )
+    return f"{table(head, rows, left=3)}\n\n{note}"
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "demo": ("demo", demo),
+    "step": ("step", step),
+    "fidelity": ("step", fidelity),
+    "adapt": ("adapt", adapt),
+    "starting": ("starting", starting),
+}
+
+
+def filled(text: str) -> str:
+    """The README with every section written anew."""
+    for name, (file, section) in SECTIONS.items():
+        pattern = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.S)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no markers for {name}")
+        body = "\n\n".join(section(result) for result in results(file))
+        body = f"{body}\n" if body else ""
+        text = pattern.sub(lambda m, body=body: m[1] + body + m[2], text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
+    options = parser.parse_args()
+    before = README.read_text()
+    after = filled(before)
+    if options.check:
+        if after != before:
+            raise SystemExit("README.md is not what benchmarks/report.py writes; run it.")
+    else:
+        README.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
