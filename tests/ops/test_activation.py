@@ -18,7 +18,7 @@ PLAIN = {
     "relu": F.relu,
 }
 KINDS = [*PLAIN]
-SHAPES = [(1,), (3, 5), (0, 7), (2, 1, 17), (1, 1023), (1025,), (3, 5, 777)]
+SHAPES = [(1,), (3, 5), (0, 7), (2, 1, 17), (1, 1023), (1025,), (3, 777)]
 
 
 @pytest.fixture(params=KINDS)
@@ -50,23 +50,23 @@ def test_twin_is_autograd(kind, generator):
     torch.testing.assert_close(twin.tangent(kind, x, g), g_x, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("spread", [1e-20, 1.0, 30.0])
-def test_sweeps(kind, shape, spread, backend, device, generator):
-    x, dx, g, t, S, b = seven(generator, shape, spread=spread)
-    for function, reference, arguments in [
-        (activation.forward, twin.forward, (kind, x, dx)),
-        (activation.forward, twin.forward, (kind, x, None)),
-        (activation.backward, twin.backward, (kind, x, g)),
-        (activation.tangent, twin.tangent, (kind, x, t)),
-        (activation.adjoint, twin.adjoint, (kind, x, dx, b)),
-        (activation.adjoint, twin.adjoint, (kind, x, None, b)),
-        (activation.reverse, twin.reverse, (kind, x, dx, g, t, S, b, True)),
-        (activation.reverse, twin.reverse, (kind, x, dx, g, t, S, b, False)),
-        (activation.reverse, twin.reverse, (kind, x, None, g, None, S, b, True)),
-        (activation.reverse, twin.reverse, (kind, x, dx, None, t, S, b, True)),
-    ]:
-        check(function, reference, arguments, backend, device)
+def test_sweeps(kind, spread, backend, device, generator):
+    for shape in SHAPES:
+        x, dx, g, t, S, b = seven(generator, shape, spread=spread)
+        for function, reference, arguments in [
+            (activation.forward, twin.forward, (kind, x, dx)),
+            (activation.forward, twin.forward, (kind, x, None)),
+            (activation.backward, twin.backward, (kind, x, g)),
+            (activation.tangent, twin.tangent, (kind, x, t)),
+            (activation.adjoint, twin.adjoint, (kind, x, dx, b)),
+            (activation.adjoint, twin.adjoint, (kind, x, None, b)),
+            (activation.reverse, twin.reverse, (kind, x, dx, g, t, S, b, True)),
+            (activation.reverse, twin.reverse, (kind, x, dx, g, t, S, b, False)),
+            (activation.reverse, twin.reverse, (kind, x, None, g, None, S, b, True)),
+            (activation.reverse, twin.reverse, (kind, x, dx, None, t, S, b, True)),
+        ]:
+            check(function, reference, arguments, backend, device)
 
 
 @pytest.mark.parametrize("ratio", [1e-1, 1e-2, 1e-3, 1e-4])

@@ -99,6 +99,17 @@ def test_step_held_in_a_tensor(backend, device, generator):
     torch.testing.assert_close(by_int.anchors, by_tensor.anchors, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_history_is_a_ring(backend, device, on_device, generator):
+    state = State(draw((2, 3), generator).to(device), backend)
+    history = torch.full((3, 2), torch.nan, device=device)
+    losses = draw((5, 2), generator).to(device)
+    for step, loss in enumerate(losses, 1):
+        count = torch.tensor(step, device=device) if on_device else step
+        state.step(torch.ones(2, 3, device=device), count, loss, history=history)
+    assert torch.equal(history, torch.stack([losses[3], losses[4], losses[2]]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -106,6 +117,7 @@ def test_step_held_in_a_tensor(backend, device, generator):
         ({"exp_avg": torch.zeros(2, 3, dtype=torch.float64)}, "exp_avg: expected torch.float32"),
         ({"best_anchors": torch.zeros(3, 2).T}, "best_anchors: expected a contiguous tensor"),
         ({"loss": torch.zeros(3), "best_loss": torch.zeros(3)}, "one value for each of 2 tasks"),
+        ({"history": torch.zeros(4, 3)}, r"history: expected \[capacity, 2\]"),
         ({"step": 0}, "step: expected the number of this update, from 1, got 0"),
     ],
 )
