@@ -60,12 +60,15 @@ def _alignment_partial_kernel(
 
 
 @triton.jit
-def segment_value(values_ptr, task, starts_ptr, offs, n_segments, BLOCK: tl.constexpr):
+def segment_value(
+    values_ptr, stride_task, stride_segment, task, starts_ptr, offs, n_segments,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """The coefficient [K, S] of the segment that each column of ``offs`` belongs to."""
     out = tl.zeros([BLOCK], dtype=tl.float32)
     for s in range(n_segments):
         first = tl.load(starts_ptr + s)
-        value = tl.load(values_ptr + task * n_segments + s).to(tl.float32)
+        value = tl.load(values_ptr + task * stride_task + s * stride_segment).to(tl.float32)
         out = tl.where(offs >= first, value, out)
     return out
 
@@ -74,6 +77,7 @@ def segment_value(values_ptr, task, starts_ptr, offs, n_segments, BLOCK: tl.cons
 def _alignment_mix_kernel(
     alpha_ptr, u_ptr, beta_ptr, v_ptr, row_ptr, starts_ptr, out_ptr,
     rows, width, n_segments,
+    stride_alpha_task, stride_alpha_segment, stride_beta_task, stride_beta_segment,
     HAS_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK columns of one row of alpha u + beta v + row; row [K, width]."""
@@ -82,8 +86,19 @@ def _alignment_mix_kernel(
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < width
     at = index * width + offs
-    alpha = segment_value(alpha_ptr, task, starts_ptr, offs, n_segments, BLOCK)
-    beta = segment_value(beta_ptr, task, starts_ptr, offs, n_segments, BLOCK)
+    alpha = segment_value(
+        alpha_ptr,
+        stride_alpha_task,
+        stride_alpha_segment,
+        task,
+        starts_ptr,
+        offs,
+        n_segments,
+        BLOCK,
+    )
+    beta = segment_value(
+        beta_ptr, stride_beta_task, stride_beta_segment, task, starts_ptr, offs, n_segments, BLOCK
+    )
     out = beta * tl.load(v_ptr + at, mask=mask, other=0.0).to(tl.float32)
     out += alpha * tl.load(u_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if HAS_ROW:
@@ -95,6 +110,7 @@ def _alignment_mix_kernel(
 def _alignment_spread_kernel(
     b_ptr, alpha_ptr, beta_ptr, g_ptr, starts_ptr, merged_ptr, scaled_ptr,
     rows, width, n_segments,
+    stride_alpha_task, stride_alpha_segment, stride_beta_task, stride_beta_segment,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK columns of one row of b + alpha g and of beta g."""
@@ -103,8 +119,19 @@ def _alignment_spread_kernel(
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < width
     at = index * width + offs
-    alpha = segment_value(alpha_ptr, task, starts_ptr, offs, n_segments, BLOCK)
-    beta = segment_value(beta_ptr, task, starts_ptr, offs, n_segments, BLOCK)
+    alpha = segment_value(
+        alpha_ptr,
+        stride_alpha_task,
+        stride_alpha_segment,
+        task,
+        starts_ptr,
+        offs,
+        n_segments,
+        BLOCK,
+    )
+    beta = segment_value(
+        beta_ptr, stride_beta_task, stride_beta_segment, task, starts_ptr, offs, n_segments, BLOCK
+    )
     g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(b_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(merged_ptr + at, b + alpha * g, mask=mask)
@@ -161,13 +188,21 @@ def dots(g, u, v, widths):
         return partial.sum(-1).to(g.dtype)
 
 
-def _elementwise(kernel, shape, like, pointers, segments, **flags) -> None:
-    """Launch over every row and block of columns of [K, R, o]."""
-    tasks, rows, width = shape
+def _elementwise(kernel, like, pointers, alpha, beta, **flags) -> None:
+    """Launch over every row and block of columns of ``like`` [K, R, o]; alpha, beta any strides."""
+    tasks, rows, width = like.shape
     one = launch.elementwise(like)[0]
     with launch.on(like):
         kernel[(tasks * rows, triton.cdiv(width, one.block))](
-            *pointers, rows, width, segments, **flags, BLOCK=one.block, **one.options()
+            *pointers,
+            rows,
+            width,
+            alpha.shape[1],
+            *alpha.stride(),
+            *beta.stride(),
+            **flags,
+            BLOCK=one.block,
+            **one.options(),
         )
 
 
@@ -176,9 +211,7 @@ def mix(alpha, u, beta, v, widths, row):
     out = memory.empty_like(v)
     if v.numel():
         pointers = (alpha, u, beta, v, row, _starts(tuple(widths), v.device), out)
-        _elementwise(
-            _alignment_mix_kernel, v.shape, v, pointers, len(widths), HAS_ROW=row is not None
-        )
+        _elementwise(_alignment_mix_kernel, v, pointers, alpha, beta, HAS_ROW=row is not None)
     return out
 
 
@@ -187,7 +220,7 @@ def spread(b, alpha, beta, g, widths):
     merged, scaled = memory.empty_like(b), memory.empty_like(g)
     if g.numel():
         pointers = (b, alpha, beta, g, _starts(tuple(widths), g.device), merged, scaled)
-        _elementwise(_alignment_spread_kernel, g.shape, g, pointers, len(widths))
+        _elementwise(_alignment_spread_kernel, g, pointers, alpha, beta)
     return merged, scaled
 
 

@@ -22,6 +22,7 @@ def step_(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     *,
+    history: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Keep the anchors just evaluated where their loss is the lowest yet, then update them.
@@ -46,6 +47,7 @@ def step_(
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, multiplied by lr.
+        history: [capacity, K] or None; row (step - 1) mod capacity receives the loss.
         backend: "auto", "torch", "cpu", "triton" or "cuda".
 
     Raises:
@@ -69,6 +71,10 @@ def step_(
             expected=f"one value for each of {anchors.shape[0]} tasks",
             got=f"shape {[*loss.shape]}",
         )
+    if history is not None and (history.dim() != 2 or history.shape[1:] != loss.shape):
+        raise InputError(
+            "history", expected=f"[capacity, {len(loss)}]", got=f"shape {[*history.shape]}"
+        )
     check_step(step)
     dispatch.implementation("adamw", anchors, backend).step_(
         anchors,
@@ -83,6 +89,7 @@ def step_(
         betas,
         eps,
         weight_decay,
+        history,
     )
 
 

@@ -26,6 +26,20 @@ def test_dots_over_several_chunks(hold, draw):
     hold(alignment.dots, twin.dots, g, u, v, (700, 700))
 
 
+def test_coefficients_of_some_of_the_terms(hold, draw):
+    """A layer hands the columns of its weights on, out of those of all its parameters."""
+    g, u, v, b = (draw(2, 3, 9) for _ in range(4))
+    alpha, beta = draw(2, 2, 5)[:, :, :3]
+    widths = (4, 3, 2)
+
+    both = torch.stack([alpha, beta])
+    out = alignment.mix(alpha, u, beta, v, widths, None)
+    assert torch.equal(out, alignment.mix(both[0], u, both[1], v, widths, None))
+    merged, scaled = alignment.spread(b, alpha, beta, g, widths)
+    again = alignment.spread(b, both[0], both[1], g, widths)
+    assert torch.equal(merged, again[0]) and torch.equal(scaled, again[1])
+
+
 def test_no_rows(hold, draw):
     empty = draw(2, 0, 6)
     hold(alignment.dots, twin.dots, empty, empty, empty, (4, 2))

@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from fda_fast.ops.native.call import address, library, threads
+from fda_fast.ops.reference.adamw import record_
 
 
 def scalars(
@@ -32,6 +33,7 @@ def step_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    history: Tensor | None = None,
 ) -> None:
     """See fda_fast.ops.adamw.step_."""
     shape = anchors.shape
@@ -43,3 +45,5 @@ def step_(
         address("best_loss", best_loss, shape[:1]), address("best_anchors", best_anchors, shape),
         *scalars(step, lr, betas, eps), 1 - lr * weight_decay, threads(),
     )  # fmt: skip
+    if history is not None:
+        record_(history, loss, step)

@@ -19,6 +19,7 @@ def step_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    history: Tensor | None = None,
 ) -> None:
     """See fda_fast.ops.adamw.step_."""
     better = loss < best_loss
@@ -27,6 +28,17 @@ def step_(
     torch.where(better, loss, best_loss, out=best_loss)
     anchors.mul_(1 - lr * weight_decay)
     adam_(anchors, grad, exp_avg, exp_avg_sq, step, lr, betas, eps)
+    if history is not None:
+        record_(history, loss, step)
+
+
+def record_(history: Tensor, loss: Tensor, step: int | Tensor) -> None:
+    """Write the loss [K] into the ring ``history`` [capacity, K]; no host synchronisation."""
+    if isinstance(step, Tensor):
+        row = (step.reshape(1).to(torch.int64) - 1) % len(history)
+        history.index_copy_(0, row, loss.unsqueeze(0).to(history.dtype))
+        return
+    history[(step - 1) % len(history)] = loss
 
 
 def adam_(
