@@ -33,28 +33,34 @@ static NormRow norm_row(int64_t d, const float* x, const float* dx, double eps) 
     for_blocks(d, [&](int64_t at, int64_t len) {
       const float* __restrict__ xs = x + at;
       const float* __restrict__ dxs = input(dx, at);
-#pragma omp simd reduction(+ : mean, dmean)
+      double sum = 0.0, dsum = 0.0;
+#pragma omp simd reduction(+ : sum, dsum)
       for (int64_t i = 0; i < len; ++i) {
-        mean += xs[i];
-        dmean += dxs[i];
+        sum += xs[i];
+        dsum += dxs[i];
       }
+      mean += sum;
+      dmean += dsum;
     });
     row.mean = Split(mean / d);
     row.dmean = Split(dmean / d);
   }
   double square = 0.0, step = 0.0;
-  const float m1 = row.mean.high, m2 = row.mean.low;
-  const float d1 = row.dmean.high, d2 = row.dmean.low;
   for_blocks(d, [&](int64_t at, int64_t len) {
     const float* __restrict__ xs = x + at;
     const float* __restrict__ dxs = input(dx, at);
-#pragma omp simd reduction(+ : square, step)
+    const float m1 = row.mean.high, m2 = row.mean.low;
+    const float d1 = row.dmean.high, d2 = row.dmean.low;
+    double sum = 0.0, change = 0.0;
+#pragma omp simd reduction(+ : sum, change)
     for (int64_t i = 0; i < len; ++i) {
       const double xc = (xs[i] - m1) - m2;
       const double dxc = (dxs[i] - d1) - d2;
-      square += xc * xc;
-      step += dxc * (2.0 * xc + dxc);
+      sum += xc * xc;
+      change += dxc * (2.0 * xc + dxc);
     }
+    square += sum;
+    step += change;
   });
   const double spread = square / d + eps;
   row.rho = 1.0 / __builtin_sqrt(spread);
@@ -140,11 +146,14 @@ void norm_tangent_kind(int64_t K, int64_t R, int64_t d, const float* x, const fl
       const float* __restrict__ xs = row_x + at;
       const float* __restrict__ ts = input(row_t, at);
       const NormColumn col = column;
-#pragma omp simd reduction(+ : mean, along)
+      double sum = 0.0, product = 0.0;
+#pragma omp simd reduction(+ : sum, product)
       for (int64_t i = 0; i < len; ++i) {
-        mean += ts[i];
-        along += static_cast<double>(ts[i]) * col(xs[i], 0.0f).xh;
+        sum += ts[i];
+        product += static_cast<double>(ts[i]) * col(xs[i], 0.0f).xh;
       }
+      mean += sum;
+      along += product;
     });
     const Split shift(Center ? mean / d : 0.0);
     const float slope = static_cast<float>(along / d);
