@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 from torch import Tensor
 
 from fda_fast.errors import InputError
@@ -12,7 +15,12 @@ from fda_fast.ops import activation
 class Activation(Node):
     """An elementwise activation; kinds as in ``fda_fast.ops.activation.KINDS``."""
 
-    op = activation
+    op: ModuleType = activation
+    # Kept between sweeps: [K, R, d] or None.
+    _x: Any
+    _dx: Any
+    _g: Any
+    _t: Any
 
     def __init__(self, kind: str) -> None:
         if kind not in activation.KINDS:

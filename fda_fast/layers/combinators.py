@@ -43,9 +43,9 @@ class Sequential(Node):
     def backward(self, g: Tensor | None, need_input: bool) -> Tensor | None:
         """See ``Node.backward``."""
         for node, needed in zip(reversed(self.nodes), reversed(self._needs_input()), strict=True):
-            g = node.backward(g, need_input or needed)
             if g is None:
                 break
+            g = node.backward(g, need_input or needed)
         return g
 
     def tangent(self, t: Tensor | None) -> Tensor | None:
@@ -56,16 +56,18 @@ class Sequential(Node):
 
     def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
         """See ``Node.reverse``; every node but the first needs b at its output."""
+        b_x: Tensor | None = b
         for i, node in reversed(list(enumerate(self.nodes))):
-            S, b = node.reverse(S, b, need_b or i > 0)
-        return S, b
+            assert b_x is not None
+            S, b_x = node.reverse(S, b_x, need_b or i > 0)
+        return S, b_x
 
     def adjoint(self, b: Tensor | None, need_input: bool) -> Tensor | None:
         """See ``Node.adjoint``."""
         for node, needed in zip(reversed(self.nodes), reversed(self._needs_input()), strict=True):
-            b = node.adjoint(b, need_input or needed)
             if b is None:
                 break
+            b = node.adjoint(b, need_input or needed)
         return b
 
     def refresh(self) -> None:
@@ -107,7 +109,7 @@ class Residual(Node):
     def backward(self, g: Tensor, need_input: bool) -> Tensor | None:
         """See ``Node.backward``."""
         inner = self.node.backward(g, need_input)
-        return _add(g, inner) if need_input else None
+        return None if inner is None or not need_input else _add(g, inner)
 
     def tangent(self, t: Tensor | None) -> Tensor | None:
         """See ``Node.tangent``."""
@@ -116,12 +118,12 @@ class Residual(Node):
     def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
         """See ``Node.reverse``."""
         S_inner, b_inner = self.node.reverse(S, b, need_b)
-        return _add(S, S_inner), _add(b, b_inner) if need_b else None
+        return _add(S, S_inner), None if b_inner is None or not need_b else _add(b, b_inner)
 
     def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
         """See ``Node.adjoint``."""
         inner = self.node.adjoint(b, need_input)
-        return _add(b, inner) if need_input else None
+        return None if inner is None or not need_input else _add(b, inner)
 
     def refresh(self) -> None:
         """See ``Node.refresh``."""

@@ -14,6 +14,8 @@ The folded task vector T' = T diag(gamma_f) + W diag(t_gamma) is formed without 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,10 @@ from fda_fast.ops import alignment, memory, norm
 
 class NormLinear(Linear):
     """``Sequential([norm, linear])`` at the input of a program; construction only."""
+
+    _input: Any  # [K, R, i], the anchors
+    _M: Any  # [K, o, i], M'
+    _t_plain: Any  # [K, o] or None, the biases' own task vectors
 
     def __init__(self, first: Norm, linear: Linear) -> None:
         super().__init__(linear.weights, linear.biases, linear.precision)

@@ -18,7 +18,8 @@ The one with fewer multiplications is taken; both give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,24 @@ class Linear(Node):
         form: "auto", "direct" or "gram".
     """
 
+    # Operands, read at the first forward.
+    _W: Any  # [o, i]
+    _T: Any  # [K, o, i]
+    _W_f: Any  # [K, o, i], formed when first needed
+    _c: Tensor | None  # [o]
+    _t_c: Any  # [K, o] or None
+    # Kept between sweeps; _op is the operand form.
+    _x: Any  # [K, R, i], of an adaptation
+    _dx: Any
+    _x_op: Any
+    _g: Any  # [K, R, o]
+    _g_op: Any
+    _xT: Any  # [K, R, o], x T^T
+    _xG: Any  # [K, R, o], x G^T
+    _G: Any  # [K, o, i], None in Gram form
+    _G_c: Any  # [K, 1, o]
+    _coefficients: Any  # [2, K, P]
+
     def __init__(
         self,
         weights: Sequence[Parameter],
@@ -60,22 +79,22 @@ class Linear(Node):
         self.tasks = self.weights[0].tasks
         self._present = [bias for bias in self.biases if bias is not None]
         self._merged = self.weights[0].merged
-        self._W: Tensor | None = None  # [o, i]; read at the first forward
+        self._W = None
         self.release()
 
     def _read_values(self) -> None:
-        self._W = self.precision.operand(_pack([w.value() for w in self.weights], 0))  # [o, i]
-        self._c = self._bias_rows(lambda bias: bias.value())  # [o]
+        self._W = self.precision.operand(_pack([w.value() for w in self.weights], 0))
+        self._c = self._bias_rows(lambda bias: bias.value())
 
     def _read_deltas(self) -> None:
-        self._W_f: Tensor | None = None  # [K, o, i], formed when first needed
+        self._W_f = None
         self._T = self._t_c = None
         if not self._merged:
             T = _pack([w.delta() for w in self.weights], 1)
-            self._T = self.precision.operand(T)  # [K, o, i]
-            self._t_c = self._bias_rows(lambda bias: bias.delta())  # [K, o]
+            self._T = self.precision.operand(T)
+            self._t_c = self._bias_rows(lambda bias: bias.delta())
 
-    def _bias_rows(self, read) -> Tensor | None:
+    def _bias_rows(self, read: Callable[[Parameter], Tensor]) -> Tensor | None:
         """The segments' bias tensors side by side, zero where a segment has none."""
         if not self._present:
             return None
@@ -107,7 +126,7 @@ class Linear(Node):
         """See ``Node.release``."""
         self._x = self._dx = self._g = self._xT = self._xG = None
         self._x_op = self._g_op = self._G = self._G_c = None
-        self._coefficients: Tensor | None = None
+        self._coefficients = None
 
     def _shared(self, a: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
         """a [K, R, .] times a matrix that all tasks share; added to ``out`` if given."""
@@ -226,8 +245,8 @@ class Linear(Node):
         parts = b_op.flatten(0, 1).split(self.widths, dim=1)
         for weight, part in zip(self.weights, parts, strict=True):
             # In the layout of the module, whose transpose a Conv1D stores.
-            product = (x_f.t(), part) if weight.transposed else (part.t(), x_f)
-            self.precision.matmul(*product, weight.grad)
+            a, b_s = (x_f.t(), part) if weight.transposed else (part.t(), x_f)
+            self.precision.matmul(a, b_s, weight.grad)
         if self._present:
             for bias, part in zip(self.biases, b.sum((0, 1)).split(self.widths), strict=True):
                 if bias is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,21 @@ from fda_fast.ops import alignment, memory, norm
 class _Elementwise(Node):
     """A node whose parameters [d] multiply or shift; their G is small enough to be kept."""
 
+    # Values and task vectors; None for a parameter that does not exist.
+    _w: Any  # [d]
+    _c: Any  # [d]
+    _tw: Any  # [K, d]
+    _tb: Any  # [K, d]
+    # Kept between sweeps: [K, R, d], then [K, d]; or None.
+    _x: Any
+    _dx: Any
+    _g: Any
+    _t: Any
+    _Gw: Any
+    _Gb: Any
+    _mw: Any
+    _mb: Any
+
     def __init__(self, weight: Parameter | None, bias: Parameter | None) -> None:
         self.weight, self.bias = weight, bias
         self.refresh()
@@ -21,10 +38,10 @@ class _Elementwise(Node):
 
     def refresh(self) -> None:
         """See ``Node.refresh``."""
-        self._w = None if self.weight is None else self.weight.value()  # [d]
-        self._c = None if self.bias is None else self.bias.value()  # [d]
-        self._tw = None if self.weight is None else self.weight.delta()  # [K, d]
-        self._tb = None if self.bias is None else self.bias.delta()  # [K, d]
+        self._w, self._c = (None if p is None else p.value() for p in (self.weight, self.bias))
+        self._tw, self._tb = (
+            None if p is None or p.merged else p.delta() for p in (self.weight, self.bias)
+        )
 
     def parameters(self) -> list[Parameter]:
         """The weight, then the bias, as far as they exist."""
@@ -59,6 +76,11 @@ def _mix(coefficients: Tensor, T: Tensor, G: Tensor) -> Tensor:
     """M [K, d] from alpha, beta [2, K]."""
     alpha, beta = coefficients.unsqueeze(2)
     return torch.addcmul(alpha * T, beta, G)
+
+
+def _fill_grad(parameter: Parameter | None, grad: Tensor) -> None:
+    assert parameter is not None and parameter.grad is not None
+    parameter.grad.copy_(grad)
 
 
 class Norm(_Elementwise):
@@ -120,9 +142,9 @@ class Norm(_Elementwise):
             biased,
         )
         if grad_w is not None:
-            self.weight.grad.copy_(grad_w.sum(0))
+            _fill_grad(self.weight, grad_w.sum(0))
         if grad_b is not None:
-            self.bias.grad.copy_(grad_b.sum(0))
+            _fill_grad(self.bias, grad_b.sum(0))
         self.release()
         return b_x
 
@@ -166,7 +188,7 @@ class LayerScale(_Elementwise):
     def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
         """See ``Node.adjoint``."""
         x_f = self._x if self._dx is None else self._x + self._dx
-        self.weight.grad.copy_((b * x_f).sum((0, 1)))
+        _fill_grad(self.weight, (b * x_f).sum((0, 1)))
         self.release()
         w_f = self._w if self._tw is None else self._w + self._tw.unsqueeze(1)
         return torch.mul(b, w_f, out=memory.empty(b.shape, b)) if need_input else None

@@ -7,6 +7,7 @@ cosine each). ``Materials`` hands them to whoever builds the program, by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Parameter:
         zero_gradient: G is identically zero by structure (the key bias of softmax attention without
             rotary embedding). Such a tensor contributes the constant 1 to L and is left out of M.
         merged: of an adaptation: the program has one set of weights, pretrained + master, and no
-            differences (``delta`` is None), instead of both apart.
+            differences (no ``delta``), instead of both apart.
         dtype: of everything handed to nodes; float32 or float64.
         device: where the program runs.
     """
@@ -67,14 +68,15 @@ class Parameter:
         self.shape = torch.Size(reversed(pretrained.shape)) if transposed else pretrained.shape
         self.tasks = 1 if finetuned is None else len(finetuned)
         self.merged = merged
-        self.master: Tensor | None = None
-        self.grad: Tensor | None = None
+        # Of an adaptation only, both in the module's layout.
+        self.master: Any = None
+        self.grad: Any = None
         if finetuned is None:
             self._pretrained = self._pretrained.to(self.device, dtype)
             self.master = torch.zeros_like(self._pretrained, memory_format=torch.contiguous_format)
             self.grad = torch.zeros_like(self.master)
         self._square: Tensor | None = None
-        self._live: Tensor | None = None  # pretrained + master, if merged
+        self._live: Any = None  # pretrained + master, if merged
 
     def _laid_out(self, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.device)
@@ -94,13 +96,12 @@ class Parameter:
         value = self._laid_out(self._pretrained).to(self.dtype).contiguous()
         return value + self.offset if self.offset else value
 
-    def delta(self) -> Tensor | None:
-        """The K differences [K, *shape]; of an adaptation the live ``master``, None if ``merged``.
+    def delta(self) -> Tensor:
+        """The K differences [K, *shape]; of an adaptation the live ``master``.
 
         Formed in float32, or in float64 where either tensor is, before anything is rounded.
         """
-        if self.merged:
-            return None
+        assert not self.merged, "one set of weights has no differences"
         if self._finetuned is None:
             return self._laid_out(self.master).unsqueeze(0)
         base = self._laid_out(self._pretrained)

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class Precision:
         """
         if a.dim() == 3 and a.shape[0] == 1:
             return self.matmul(a[0], b[0], None if out is None else out[0]).unsqueeze(0)
-        product = torch.mm if a.dim() == 2 else torch.bmm
+        product: Callable[..., Tensor] = torch.mm if a.dim() == 2 else torch.bmm
         if a.dtype != torch.bfloat16:
             return product(a, b, out=out)
         if not _has_wide_products(self.device):
@@ -113,7 +114,7 @@ class Precision:
         if a.dim() == 3 and a.shape[0] == 1:
             self.accumulate(out[0], a[0], b[0])
             return out
-        add = torch.addmm if a.dim() == 2 else torch.baddbmm
+        add: Callable[..., Tensor] = torch.addmm if a.dim() == 2 else torch.baddbmm
         if a.dtype != torch.bfloat16:
             return add(out, a, b, out=out)
         if not _has_wide_products(self.device):
@@ -126,7 +127,7 @@ def _has_wide_products(device: torch.device) -> bool:
     """Whether this torch multiplies bfloat16 into float32 there (since 2.8, on CUDA)."""
     a = torch.ones((1, 16, 16), dtype=torch.bfloat16, device=device)
     out = torch.ones((1, 16, 16), device=device)
-    wide = {"out_dtype": torch.float32}
+    wide: dict[str, Any] = {"out_dtype": torch.float32}
     try:
         torch.mm(a[0], a[0], **wide, out=out[0])
         torch.addmm(out[0], a[0], a[0], **wide, out=out[0])

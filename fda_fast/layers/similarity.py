@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fda_fast.ops import similarity
@@ -19,7 +21,8 @@ class Similarity:
         similarity.check_kind(kind)
         self.kind, self.tokens = kind, tokens
         self.scale = 1.0
-        self._y = self._dy = None
+        self._y: Any = None  # kept between sweeps, [K, A, T * d]
+        self._dy: Any = None
 
     @property
     def output(self) -> Tensor:

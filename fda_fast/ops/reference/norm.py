@@ -148,7 +148,7 @@ def reverse(
         h = h + g * _rows(mw)
     S_x = _apply(kind, p, h)
     wb = b if weight is None else b * weight
-    if dxh is not None:
+    if dxh is not None and d_rho is not None:
         # A_f(wb) - A(wb), from the differences of its factors
         m, dm = _mean(wb * p.xh), _mean(wb * dxh)
         S_x += d_rho * (_center(kind, wb) - p.xh * m) - f.rho * (dxh * (m + dm) + p.xh * dm)
