@@ -163,7 +163,8 @@ def main():
         twin, native = (row[to]["ms_median"] for to in BACKENDS)
         print(f"{case:26s} torch {twin:8.1f} ms   C++ {native:7.1f} ms   {row['speedup']:5.1f} x")
     isa = _native.load().isa()
-    print("wrote", write_json("ops", {"threads": 1, "instruction_set": isa, "rows": rows}))
+    path = write_json("ops", {"threads": 1, "instruction_set": isa, "rows": rows})
+    print("written:", path.name)
 
 
 if __name__ == "__main__":
