@@ -142,11 +142,13 @@ def attention(tensor: torch.Tensor, kind: str, tokens: int, size: int, products:
         size: width of a head.
         products: "ieee" (float32 on the ordinary units) or "tf32" (tensor cores).
     """
-    if tokens <= 16 or (products == "ieee" and (kind == "reverse" or size > 64)):
-        block, num_warps = 16, 4
+    arch = architecture(tensor)
+    exact = products == "ieee"
+    if tokens <= 16 or (exact and (kind == "reverse" or size > 64)):
+        block, num_warps = 16, 8 if exact and kind == "reverse" and arch >= 100 else 4
     elif kind == "reverse":
-        block, num_warps = (32, 8) if size <= 64 else (16, 4)
-    elif products == "ieee" or tokens <= 32 or size > 64:
+        block, num_warps = (32, 8) if size <= 64 and arch < 100 else (16, 4)
+    elif exact or tokens <= 32 or size > 64 or (kind == "forward" and arch < 90):
         block, num_warps = 32, 8
     else:
         block, num_warps = 64, 8
