@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fda_fast import layers
 from fda_fast.errors import InputError
-from fda_fast.ops import adamw
+from fda_fast.layers.graph import AnchorOptimiser, step_runner
 
 StepCallback = Callable[[int, Tensor, Tensor], None]
 """Called as ``(step, loss [K], cosines [K, P])`` with device tensors; reading one synchronises."""
@@ -161,84 +161,47 @@ def construct(
         precision=precision,
     )
     names = problem.parameter_names
+    optimiser = AnchorOptimiser(
+        problem, start, steps=steps, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps
+    )
     if on_step is None and progress:
         from fda_fast.progress import step_bar
 
         with step_bar(steps, n_terms=len(names)) as bar:
-            state = _optimise(
-                problem, start, steps, lr, weight_decay, betas, eps, patience, tolerance, bar
-            )
+            done = _optimise(optimiser, steps, patience, tolerance, bar)
     else:
-        state = _optimise(
-            problem, start, steps, lr, weight_decay, betas, eps, patience, tolerance, on_step
-        )
-    losses = state.best_loss.tolist()
+        done = _optimise(optimiser, steps, patience, tolerance, on_step)
+    losses = optimiser.best_loss.tolist()
     for task, loss in enumerate(losses):
         if not math.isfinite(loss):
             raise RuntimeError(
-                f"The alignment loss of task {task} was never finite in {len(state.history)} steps."
+                f"The alignment loss of task {task} was never finite in {done} steps."
                 " Check the layer's weights for NaN or Inf, or start from smaller anchors."
             )
-    cosines = [dict(zip(names, row, strict=True)) for row in state.best_cosines.tolist()]
-    history = state.history.cpu()
+    cosines = [dict(zip(names, row, strict=True)) for row in optimiser.best_cosines.tolist()]
+    history = optimiser.history[:done].cpu()
     if single:
-        return Construction(state.best_anchors[0], losses[0], history[:, 0], cosines[0])
-    return Construction(state.best_anchors, losses, history, cosines)
-
-
-@dataclass
-class _State:
-    best_anchors: Tensor  # [K, n, (T,) d]
-    best_loss: Tensor  # [K]
-    best_cosines: Tensor  # [K, P]
-    history: Tensor  # [steps done, K]
+        return Construction(optimiser.best_anchors[0], losses[0], history[:, 0], cosines[0])
+    return Construction(optimiser.best_anchors, losses, history, cosines)
 
 
 def _optimise(
-    problem: layers.Problem,
-    start: Tensor,
+    optimiser: AnchorOptimiser,
     steps: int,
-    lr: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
     patience: int | None,
     tolerance: float,
     on_step: StepCallback | None,
-) -> _State:
-    anchors = start.clone(memory_format=torch.contiguous_format)
-    exp_avg, exp_avg_sq = torch.zeros_like(anchors), torch.zeros_like(anchors)
-    best_anchors = anchors.clone()
-    n_tasks, n_terms = len(anchors), len(problem.parameter_names)
-    best_loss = anchors.new_full((n_tasks,), math.inf)
-    best_cosines = anchors.new_zeros((n_tasks, n_terms))
-    history = anchors.new_zeros((steps, n_tasks))
-    done = 0
+) -> int:
+    """Run the steps, at most ``steps``; returns how many were done."""
+    run = step_runner(optimiser.step, optimiser.anchors.device)
+    history = optimiser.history
     for step in range(1, steps + 1):
-        result = problem.evaluate(anchors)
-        better = (result.loss < best_loss).unsqueeze(1)
-        best_cosines = torch.where(better, result.cosines, best_cosines)
-        history[step - 1] = result.loss
-        adamw.step_(
-            anchors,
-            result.grad,
-            exp_avg,
-            exp_avg_sq,
-            step,
-            result.loss,
-            best_loss,
-            best_anchors,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-        )
-        done = step
+        run()
         if on_step is not None:
-            on_step(step, result.loss, result.cosines)
+            on_step(step, history[step - 1], optimiser.cosines)
         if patience and step % patience == 0 and _plateau(history[:step], patience, tolerance):
-            break
-    return _State(best_anchors, best_loss, best_cosines, history[:done])
+            return step
+    return steps
 
 
 def _plateau(history: Tensor, patience: int, tolerance: float) -> bool:

@@ -49,6 +49,7 @@ class AnchorOptimiser:
         best_anchors: those with the lowest loss among the evaluated ones.
         best_loss: [K], their loss; infinite before the first step.
         best_cosines: [K, P], their cosines.
+        cosines: [K, P], those of the last evaluation.
         history: [steps, K], the loss at each step; NaN where there was none yet.
     """
 
@@ -70,6 +71,7 @@ class AnchorOptimiser:
         self.best_anchors = self.anchors.clone()
         self.best_loss = start.new_full((tasks,), math.inf)
         self.best_cosines = start.new_zeros((tasks, len(problem.parameter_names)))
+        self.cosines = torch.zeros_like(self.best_cosines)
         self.history = start.new_full((steps, tasks), math.nan)
         self._exp_avg = torch.zeros_like(self.anchors)
         self._exp_avg_sq = torch.zeros_like(self.anchors)
@@ -87,6 +89,7 @@ class AnchorOptimiser:
         else:
             count = self._count.add_(1)
         result = self._problem.evaluate(self.anchors)
+        self.cosines.copy_(result.cosines)
         better = (result.loss < self.best_loss).unsqueeze(1)
         torch.where(better, result.cosines, self.best_cosines, out=self.best_cosines)
         adamw.step_(
