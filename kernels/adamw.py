@@ -74,9 +74,10 @@ def _adamw_step_kernel(
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     at = task * numel + offs
-    better = tl.load(loss_ptr + task) < tl.load(best_loss_ptr + task)
+    # As a bound on the columns: the interpreter cannot combine a scalar truth with a mask.
+    kept = tl.where(tl.load(loss_ptr + task) < tl.load(best_loss_ptr + task), numel, 0)
     x = tl.load(anchors_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(best_ptr + at, x, mask=mask & better)
+    tl.store(best_ptr + at, x, mask=offs < kept)
     g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     avg = tl.load(exp_avg_ptr + at, mask=mask, other=0.0).to(tl.float32)
     avg_sq = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0).to(tl.float32)
