@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,12 +51,21 @@ def implementation(stem: str, tensor: Tensor, backend: str = "auto") -> ModuleTy
     Raises:
         RuntimeError: the named backend cannot run here, or cannot serve this tensor; says why.
     """
+    if torch.compiler.is_compiling():
+        return _traced(stem)
     if backend == "auto":
         if tensor.requires_grad and torch.is_grad_enabled():
             return _module(stem, "torch")
         wanted = os.environ.get("FDA_FAST_BACKEND", "auto")
         return _automatic(stem, tensor.device.type, tensor.dtype, wanted)
     return _named(stem, tensor.device.type, tensor.dtype, backend)
+
+
+def _traced(stem: str) -> Any:
+    """For torch.compile: one opaque op per call, or the torch twin, which it can trace."""
+    from fda_fast.ops.library import TRACED
+
+    return TRACED[stem] if stem in TRACED else _module(stem, "torch")
 
 
 @functools.cache
