@@ -50,9 +50,12 @@ class _Pool:
         return view
 
     def _take(self, nbytes: int) -> np.ndarray | None:
-        """The smallest fitting free buffer, or None."""
+        """The smallest fitting free buffer, the latest given back among equals, or None."""
         best = None
-        for slab in tuple(self.free):
+        for slab in reversed(tuple(self.free)):
+            if slab.nbytes == nbytes:  # in a loop of one shape nearly always; warm in the cache
+                best = slab
+                break
             fits = nbytes <= slab.nbytes <= nbytes / _FIT
             if fits and (best is None or slab.nbytes < best.nbytes):
                 best = slab
