@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +101,8 @@ class Variant:
         if self.engine == "compiled":  # the same products, which the compiler hides
             bound = self.bound
             keep, bound._both = bound._both, bound._eager
-        with _Counter() as counter:
-            self.step()
+        with _Counter() as counter, self:
+            self.bound.plain_step()
         if self.engine == "compiled":
             bound._both = keep
         return counter.flops
@@ -128,31 +127,20 @@ def memory_setup(name: str, variant: tuple[str, str, str], share: float):
     return work
 
 
-def peak(case: Case, variant: tuple[str, str, str], bound: Variant, share: float, device: str):
+def peak(case: Case, variant: tuple[str, str, str], share: float) -> int:
     """Bytes beyond the layers and anchors at the height of a step."""
-    if device == "cpu":
-        found = peak_memory(memory_setup, case.name, variant, share)
-        return round((found["peak_mib"] - found["before_mib"]) * 2**20)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    bound.step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    found = peak_memory(memory_setup, case.name, variant, share)
+    return round((found["peak_mib"] - found["before_mib"]) * 2**20)
 
 
 def run(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The CPU's rows of one case; the card's are in card.py."""
     device, share = options.device, options.ratio
     gold = oracle(case, share, device)
     bound = {}
     for variant in variants(device, options.compile):
         bound[variant] = Variant(case, variant, share, device)
-    synchronize = torch.cuda.synchronize if device == "cuda" else None
-    seconds = interleaved(
-        {v: b.step for v, b in bound.items()},
-        repeats=options.repeats,
-        warmup=2,
-        synchronize=synchronize,
-    )
+    seconds = interleaved({v: b.step for v, b in bound.items()}, repeats=options.repeats, warmup=2)
     stamp = environment(device)
     rows = []
     reference = ("published", "fp32", "")
@@ -168,16 +156,16 @@ def run(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
             "ms": times["ms_median"],
             **times,
             "speedup": ratio(seconds, reference, variant),
-            "peak_bytes": peak(case, variant, engine, share, device),
+            "peak_bytes": peak(case, variant, share),
             "grad_rel_error": engine.error(case, share, device, gold),
             "gflop": round(flops / 1e9, 2),
             "tflops": round(flops / times["ms_median"] / 1e9, 4),
-            "gpu": stamp.get("gpu"),
+            "gpu": None,
             "cpu": stamp["cpu"],
             "threads": stamp["threads"],
-            "driver": _driver(),
+            "driver": None,
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": None,
             "commit": stamp["commit"],
             "date": stamp["date"],
         }
@@ -212,23 +200,6 @@ def fidelity(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -242,15 +213,16 @@ def main() -> None:
     options = parser.parse_args()
     names = options.cases or (CPU_CASES if options.device == "cpu" else GPU_CASES)
     print(environment(options.device))
+    if options.device == "cuda":
+        import card
+
+        return card.main(names, options)
     rows, table = [], []
     for name in names:
         rows += run(CASES[name], options)
         if options.fidelity and CASES[name].tasks == 1:
             table += fidelity(CASES[name], options)
-        path = write_json("step", {"rows": rows, "fidelity": table}, device=options.device)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = path.rename(options.out / path.name)
+        path = write_json("step", {"rows": rows, "fidelity": table}, folder=options.out)
     print(path)
 
 

@@ -96,6 +96,7 @@ GPU_CASES = [
     "vit_b32_block",
     "roberta_base_layer",
     "roberta_base_layer_x8",
+    "llama_70b_mlp",
 ]
 
 

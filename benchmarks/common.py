@@ -187,10 +187,20 @@ def _status_kib(key: str) -> int:
     return int(found[1])
 
 
-def write_json(name: str, payload: Mapping[str, Any], *, device: str = "cpu") -> Path:
-    """Write results/<processor or GPU>/<name>.json with the environment stamp; returns the path."""
+def write_json(
+    name: str, payload: Mapping[str, Any], *, device: str = "cpu", folder: Path | None = None
+) -> Path:
+    """Write <name>.json with the environment stamp; returns the path.
+
+    Args:
+        name: of the benchmark.
+        payload: everything but the stamp.
+        device: "cpu" or "cuda": what the numbers are of.
+        folder: where to; default results/<processor or GPU>.
+    """
     stamp = environment(device)
-    folder = RESULTS / slug(stamp["gpu"] if device == "cuda" else stamp["cpu"])
+    if folder is None:
+        folder = RESULTS / slug(stamp["gpu"] if device == "cuda" else stamp["cpu"])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"environment": stamp, **payload}, indent=1) + "\n")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -27,7 +28,18 @@ Result = dict[str, Any]
 
 def results(name: str) -> list[Result]:
     """The result files of that name, one per machine, in the order of the machines' names."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+    return [from_rows(one) if isinstance(one, list) else one for one in found]
+
+
+def from_rows(rows: list[dict[str, Any]]) -> Result:
+    """A card's step.json, a list of rows, in the shape of the processors'."""
+    timed = [row | {"backend": "auto"} for row in rows if row["ms"] is not None]
+    base = {r["case"]: r for r in timed if (r["engine"], r["precision"]) == ("published", "fp32")}
+    for row in timed:
+        row["speedup"] = base[row["case"]]["ms"] / row["ms"] if row["case"] in base else math.nan
+    ours = [r for r in rows if r["engine"] == "fda_fast" and r["grad_rel_error"] is not None]
+    return {"environment": rows[0], "rows": timed, "fidelity": ours}
 
 
 def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,12 @@ class AnchorOptimiser:
         weight_decay: float = 0.01,
     ) -> None:
         self._problem = problem
-        self._settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._settings: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         tasks = len(start)
         self.anchors = start.detach().clone(memory_format=torch.contiguous_format)
         self.best_anchors = self.anchors.clone()
