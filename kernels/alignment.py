@@ -171,11 +171,11 @@ def _alignment_coefficients_kernel(
 
 
 def dots(g, u, v, widths):
-    """[2, K, S], as ``fda_fast.ops.alignment.dots``."""
+    """[2, K, S], as ``fda_fast.ops.alignment.dots``; float32 whatever the storage of g."""
     tasks, rows, width = g.shape
     segments = len(widths)
     if g.numel() == 0:
-        return torch.zeros((2, tasks, segments), dtype=g.dtype, device=g.device)
+        return torch.zeros((2, tasks, segments), dtype=torch.float32, device=g.device)
     rows_per_chunk = max(1, CHUNK_ELEMENTS // max(widths))
     chunks = triton.cdiv(rows, rows_per_chunk)
     partial = memory.empty((2, tasks, segments, chunks), g, torch.float32)
@@ -185,7 +185,7 @@ def dots(g, u, v, widths):
             g, u, v, _starts(tuple(widths), g.device), partial,
             rows, width, rows_per_chunk, chunks, BLOCK=one.block, **one.options(),
         )  # fmt: skip
-        return partial.sum(-1).to(g.dtype)
+        return partial.sum(-1)
 
 
 def _elementwise(kernel, like, pointers, alpha, beta, **flags) -> None:

@@ -163,11 +163,11 @@ def _partial(kind, y, dy, t):
 
 
 def forward(kind, y, dy, scale):
-    """s [K] and g [K, A, D]; arguments and meaning of ``fda_fast.ops.similarity.forward``."""
+    """s [K] in float32, g [K, A, D]; arguments of ``fda_fast.ops.similarity.forward``."""
     tasks, anchors, width = y.shape
     g = memory.empty_like(y)
     if y.numel() == 0:
-        return torch.zeros(tasks, dtype=y.dtype, device=y.device), g
+        return torch.zeros(tasks, dtype=torch.float32, device=y.device), g
     cosine = kind == "cosine"
     weight = scale / anchors if cosine else scale / (anchors * width)
     cos = memory.empty((tasks * anchors,), y, torch.float32) if cosine else None
@@ -181,7 +181,7 @@ def forward(kind, y, dy, scale):
             s = weight * cos.view(tasks, anchors).sum(1)
         else:
             s = -weight * partial[0].view(tasks, -1).sum(1)
-    return s.to(y.dtype), g
+    return s, g
 
 
 def reverse(kind, y, dy, t, scale):

@@ -18,7 +18,6 @@ CARD = torch.cuda.is_available()
 DRY = not CARD and os.environ.get("TRITON_INTERPRET") == "1"
 
 sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent / "layers"))
 
 
 def pytest_configure(config):
