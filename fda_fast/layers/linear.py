@@ -6,12 +6,13 @@
     reverse   S_x = S W + (b + alpha g) T + beta g G,   b_x = b W_f
 
 M = alpha T + beta G is never formed: x T^T is there from the forward sweep, and alpha g T joins
-b T. <G, T> = <g, x T^T> and |G|^2 = <g, x G^T> need no pass over the weights either.
+b T. <G, T> = <g, x T^T> needs no pass over the weights.
 
 G enters only through x G^T and g G, and there are two ways to compute those for R rows:
 
     direct    G = g^T x [o, i], then x G^T and g G           3 R i o multiplications
-    Gram      (x x^T) g and (g g^T) x, through [R, R]        2 R^2 (i + o)
+    Gram      (x x^T) g and (g g^T) x, through [R, R]        2 R^2 (i + o),
+              |G|^2 = <x x^T, g g^T>
 
 The one with fewer multiplications is taken; both give the same numbers.
 """
@@ -57,8 +58,9 @@ class Linear(Node):
     _g: Any  # [K, R, o]
     _g_op: Any
     _xT: Any  # [K, R, o], x T^T
-    _xG: Any  # [K, R, o], x G^T
-    _G: Any  # [K, o, i], None in Gram form
+    _G: Any  # [K, o, i], beta G once beta is known; None in Gram form
+    _XX: Any  # [K, R, R], x x^T; Gram form only
+    _GG: Any  # Gram form only: g_s g_s^T [K, R, R] of each segment, then their sum with beta_s
     _G_c: Any  # [K, 1, o]
     _coefficients: Any  # [2, K, P]
 
@@ -124,7 +126,7 @@ class Linear(Node):
 
     def release(self) -> None:
         """See ``Node.release``."""
-        self._x = self._dx = self._g = self._xT = self._xG = None
+        self._x = self._dx = self._g = self._xT = self._XX = self._GG = None
         self._x_op = self._g_op = self._G = self._G_c = None
         self._coefficients = None
 
@@ -185,14 +187,9 @@ class Linear(Node):
 
     def dots(self) -> Tensor:
         """See ``Node.dots``."""
-        operand, x, g = self.precision.operand, self._x_op, self._g_op
-        if self._use_gram(x.shape[1]):
-            self._xG = self._batched(operand(self._batched(x, x.mT)), g)
-        else:
-            self._G = operand(self._batched(g.mT, x))
-            self._xG = self._batched(x, self._G.mT)
-            self._x_op = None
-        found = [alignment.dots(self._g, self._xT, self._xG, self.widths)]
+        along = alignment.dots(self._g, self._xT, self._xT, self.widths)[:1]
+        squares = self._gram_squares() if self._use_gram(self._g.shape[1]) else self._squares()
+        found = [torch.cat([along, torch.cat(squares, dim=2)])]
         if self._present:
             of_bias = alignment.dots(self._G_c, self._t_c.unsqueeze(1), self._G_c, self.widths)
             found += [
@@ -200,9 +197,34 @@ class Linear(Node):
             ]
         return torch.cat(found, dim=2) if len(found) > 1 else found[0]
 
+    def _squares(self) -> list[Tensor]:
+        """|G_s|^2, [1, K, 1] each, from G itself."""
+        self._G = self._batched(self._g_op.mT, self._x_op)
+        parts = [part.contiguous() for part in self._G.split(self.widths, dim=1)]
+        return [alignment.dots(part, part, part, [part.shape[2]])[:1] for part in parts]
+
+    def _gram_squares(self) -> list[Tensor]:
+        """|G_s|^2, [1, K, 1] each, as <x x^T, g_s g_s^T>."""
+        XX = self._batched(self._x_op, self._x_op.mT)
+        parts = self._g_op.split(self.widths, dim=2)
+        self._GG = [self._batched(part, part.mT) for part in parts]
+        self._XX = XX
+        return [alignment.dots(XX, GG, GG, [XX.shape[2]])[:1] for GG in self._GG]
+
     def set_coefficients(self, coefficients: Tensor) -> None:
-        """See ``Node.set_coefficients``."""
+        """See ``Node.set_coefficients``; G, or g_s g_s^T, is multiplied by beta here."""
         self._coefficients = coefficients
+        beta = coefficients[1, :, : len(self.weights), None, None]  # [K, S, 1, 1]
+        if self._G is not None:
+            for s, part in enumerate(self._G.split(self.widths, dim=1)):
+                part.mul_(beta[:, s])
+            self._G = self.precision.operand(self._G)
+            return
+        total, *others = self._GG
+        total.mul_(beta[:, 0])
+        for s, GG in enumerate(others, start=1):
+            total.addcmul_(GG, beta[:, s])
+        self._GG = self.precision.operand(total)
 
     def _bias_tangent(self, t_c: Tensor) -> Tensor:
         """M_c [K, o] from the biases' task vectors [K, o]; zero where a segment has no bias."""
@@ -214,26 +236,38 @@ class Linear(Node):
 
     def tangent(self, t: Tensor | None) -> Tensor | None:
         """See ``Node.tangent``."""
+        operand = self.precision.operand
         alpha, beta = self._coefficients[:, :, : len(self.weights)]
         row = self._bias_tangent(self._t_c) if self._present else None
-        out = alignment.mix(alpha, self._xT, beta, self._xG, self.widths, row)
-        self._xT = self._xG = None
+        zero = torch.zeros_like(alpha)
+        out = alignment.mix(alpha, self._xT, zero, self._xT, self.widths, row)
+        self._xT = None
+        if self._G is not None:
+            self._batched(self._x_op, self._G.mT, out)
+            self._x_op = None
+        else:
+            g_op = self._g_op
+            if len(self.weights) == 1:
+                self._XX.mul_(beta[:, 0, None, None])
+            else:
+                g_op = operand(alignment.mix(zero, self._g, beta, self._g, self.widths))
+            self._batched(operand(self._XX), g_op, out)
+            self._XX = None
         if t is not None:
-            self._shared(self.precision.operand(t), self._W.t(), out)
+            self._shared(operand(t), self._W.t(), out)
         return out
 
     def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
         """See ``Node.reverse``."""
         operand = self.precision.operand
-        alpha, beta = self._coefficients[:, :, : len(self.weights)]
-        merged, scaled = alignment.spread(b, alpha, beta, self._g, self.widths)
+        alpha = self._coefficients[0, :, : len(self.weights)]
         S_x = self._shared(operand(S), self._W)
-        self._batched(operand(merged), self._T, S_x)
         if self._G is not None:
-            self._batched(operand(scaled), self._G, S_x)
+            self._batched(self._g_op, self._G, S_x)
         else:
-            gram = operand(self._batched(operand(scaled), self._g_op.mT))
-            self._batched(gram, self._x_op, S_x)
+            self._batched(self._GG, self._x_op, S_x)
+        merged = alignment.mix(torch.ones_like(alpha), b, alpha, self._g, self.widths)
+        self._batched(operand(merged), self._T, S_x)
         self.release()
         return S_x, self._batched(operand(b), self._tuned_weight()) if need_b else None
 
