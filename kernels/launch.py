@@ -59,7 +59,9 @@ WIDE_ELEMENTWISE = {
     100: (Launch(512, 4), Launch(1024, 8)),
 }
 # Row kernels hold a whole row: (widest row, launch), the block is the row's power of two.
-ROW_LADDER = ((512, 2), (1024, 4), (2048, 8), (8192, 16), (16384, 32))
+ROW_LADDER = ((512, 2), (1024, 4), (2048, 8), (8192, 16))
+# Beyond, the registers of one program spill.
+WIDEST_ROW = ROW_LADDER[-1][0]
 # One program of a reduction reads SEGMENT columns; the count of segments is fixed by the shape
 # alone, never by the card, so that results do not depend on the card.
 SEGMENT = 4096

@@ -9,7 +9,8 @@ Jacobian of xh is the symmetric map A(h) = rho (center(h) - xh mean(h xh)), and 
     reverse   S_x = A(w S + mw g) + (A_f - A)(w b) + A_f(tw b) + d/dx <w g, A(t)>
               b_x = A_f((w + tw) b)
 
-xh_f - xh comes from the step of the variance, mean(dxc (2 xc + dxc)), so nothing cancels.
+xh_f - xh comes from the step of the variance, mean(dxc (2 xc + dxc)), so nothing cancels. Rows too
+wide for one program's registers go to the torch twin, except in the reverse sweep.
 """
 
 import torch
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 
 from fda_fast.ops import memory
+from fda_fast.ops.reference import norm as twin
 
 from . import launch, norm_reverse
 from .scalar import scale_step
@@ -163,6 +165,8 @@ def _rows(kernel, x: torch.Tensor, pointers: tuple, eps: float, **flags) -> None
 
 def forward(kind, x, dx, weight, bias, tw, tb, eps):
     """Value and difference; arguments and meaning of ``fda_fast.ops.norm.forward``."""
+    if x.shape[-1] > launch.WIDEST_ROW:
+        return twin.forward(kind, x, dx, weight, bias, tw, tb, eps)
     y = memory.empty_like(x)
     has_dy = any(one is not None for one in (dx, tw, tb))
     dy = memory.empty_like(x) if has_dy else None
@@ -177,12 +181,17 @@ def forward(kind, x, dx, weight, bias, tw, tb, eps):
 
 def backward(kind, x, g, weight, eps, need_input, need_weight, need_bias):
     """g_x [K, R, d], g_weight and g_bias [K, d], as ``fda_fast.ops.norm.backward``."""
+    if x.shape[-1] > launch.WIDEST_ROW:
+        return twin.backward(kind, x, g, weight, eps, need_input, need_weight, need_bias)
     return _cotangents(kind, x, None, g, weight, None, eps, need_input, need_weight, need_bias)
 
 
 def adjoint(kind, x, dx, b, weight, tw, eps, need_input, need_weight, need_bias):
     """The same at x + dx and weight + tw, as ``fda_fast.ops.norm.adjoint``."""
-    return _cotangents(kind, x, dx, b, weight, tw, eps, need_input, need_weight, need_bias)
+    needs = (need_input, need_weight, need_bias)
+    if x.shape[-1] > launch.WIDEST_ROW:
+        return twin.adjoint(kind, x, dx, b, weight, tw, eps, *needs)
+    return _cotangents(kind, x, dx, b, weight, tw, eps, *needs)
 
 
 def _cotangents(kind, x, dx, g, weight, tw, eps, need_input, need_weight, need_bias):
@@ -211,6 +220,8 @@ def tangent(kind, x, t, weight, mw, mb, eps):
     """t_y, or None where it is exactly zero, as ``fda_fast.ops.norm.tangent``."""
     if t is None and mw is None and mb is None:
         return None
+    if x.shape[-1] > launch.WIDEST_ROW:
+        return twin.tangent(kind, x, t, weight, mw, mb, eps)
     t_y = memory.empty_like(x)
     if x.numel():
         _rows(

@@ -173,7 +173,7 @@ def _norm_reverse_kernel(
 def run(layer, x, dx, g, t, S, b, weight, tw, mw, S_x, b_x, eps) -> None:
     """Fill S_x, and b_x unless None; tensors as in ``norm.reverse``, not empty."""
     tasks, rows, width = x.shape
-    block = min(REVERSE_BLOCK, launch.row(width).block)
+    block = min(REVERSE_BLOCK, max(16, triton.next_power_of_2(width)))
     has_t = t is not None and g is not None
     with launch.on(x):
         _norm_reverse_kernel[(tasks * rows,)](

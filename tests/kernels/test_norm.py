@@ -1,6 +1,6 @@
 import pytest
 
-from fda_fast.kernels import norm
+from fda_fast.kernels import launch, norm
 from fda_fast.ops.reference import norm as twin
 
 EPS = 1e-5
@@ -49,6 +49,11 @@ def test_more_rows_than_partial_sums(kind, hold, case, monkeypatch):
 @pytest.mark.parametrize("scale", [1e-6, 1e3])
 def test_magnitudes(kind, scale, hold, case):
     all_sweeps(hold, kind, case(1, 2, 70, scale))
+
+
+def test_rows_wider_than_a_program(hold, case, monkeypatch):
+    monkeypatch.setattr(launch, "WIDEST_ROW", 16)
+    all_sweeps(hold, "layer", case(1, 2, 20))
 
 
 def test_no_rows(hold, case):
