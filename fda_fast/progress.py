@@ -129,14 +129,14 @@ class Display:
 
     def on_step(self, step: int, loss: Tensor, cosines: Tensor) -> None:
         """After every construction step; ``StepCallback`` of ``construct``."""
-        if time.monotonic() < self._next:
+        if not self._due(step):
             return
         self._cosine = cosines.mean().item()
         self._report(step, loss.mean().item())
 
     def on_epoch(self, epoch: int, loss: Tensor) -> None:
         """After every epoch of adaptation."""
-        if time.monotonic() < self._next:
+        if not self._due(epoch):
             return
         self._report(epoch, loss.item())
 
@@ -156,6 +156,11 @@ class Display:
 
     def note(self, text: str) -> None:
         """Something the user should know, once."""
+
+    def _due(self, step: int) -> bool:
+        """Whether to read a result: every ``interval``, and the last one of a phase."""
+        last = step == self._total and self.interval < float("inf")
+        return last or time.monotonic() >= self._next
 
     def _report(self, step: int, loss: float) -> None:
         part = (self._before + step) / max(1, self._total * self._of)
@@ -256,6 +261,11 @@ class Terminal(Display):
         if self._layers is not None:
             self._bars.update(self._layers, completed=self._estimate.done, text=self._left())
 
+    def end(self) -> None:
+        """The phase is over."""
+        super().end()
+        self._bars.refresh()
+
     def note(self, text: str) -> None:
         """Something the user should know."""
         self._bars.console.print(f"[yellow]note:[/yellow] {escape(text)}", highlight=False)
@@ -272,6 +282,7 @@ class Terminal(Display):
             description=escape(f"{self._phase} {tasks}".strip()),
             text="",
         )
+        self._bars.refresh()  # a phase shorter than the redraw interval is seen too
 
     def _update(self, step: int, loss: float | None) -> None:
         text = "" if loss is None else f"loss {loss:.4f}"

