@@ -1,0 +1,1 @@
+"""Ways in for scripts, files and packages that people already have."""
