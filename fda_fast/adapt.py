@@ -25,10 +25,12 @@ class Adaptation:
     Attributes:
         layer: a copy of the pretrained layer with the adapted weights.
         history: mean loss of an anchor in every epoch, [epochs], on the CPU.
+        snapshots: the layer as it was after each epoch asked for.
     """
 
     layer: nn.Module = field(repr=False)
     history: Tensor = field(repr=False)
+    snapshots: dict[int, nn.Module] = field(default_factory=dict, repr=False)
 
 
 def adapt(
@@ -44,6 +46,8 @@ def adapt(
     engine: str = "auto",
     precision: str = "auto",
     seed: int = 0,
+    order: Callable[[int], Tensor] | None = None,
+    snapshots: Sequence[int] = (),
     on_epoch: Callable[[int, Tensor], None] | None = None,
 ) -> Adaptation:
     """Make one layer answer each task's anchors as that task's fine-tuned layer does.
@@ -66,6 +70,10 @@ def adapt(
         engine: "auto", "program" or "autograd".
         precision: "auto", "fp32", "tf32" or "bf16".
         seed: of the shuffling.
+        order: called with the epoch, from 1; gives the order of all anchors in it, int64 [N] on
+            the CPU, counted task after task. Default: a permutation drawn with ``seed``.
+        snapshots: epochs after which to keep a copy of the layer; each is, bit for bit, what a
+            run of so many epochs gives.
         on_epoch: called as ``(epoch, mean loss)`` with a device tensor.
 
     Returns:
@@ -79,6 +87,8 @@ def adapt(
     Source: FDA, arXiv 2510.21223v1, Eq. 5 and 6; Adam without weight decay, last state kept.
     """
     _check(tasks, mode, epochs, batch_size)
+    if any(not 1 <= epoch <= epochs for epoch in snapshots):
+        raise InputError("snapshots", expected=f"epochs from 1 to {epochs}", got=list(snapshots))
     problem = layers.bind_adaptation(
         layer, list(tasks), distance=distance, engine=engine, precision=precision
     )
@@ -87,13 +97,27 @@ def adapt(
         step = _weights_stepper(problem, layer, start, rate)
     else:
         step = _coefficients_stepper(problem, layer, tasks, start, rate)
-    history = _train(problem, step, epochs, batch_size, seed, on_epoch)
+    kept: dict[int, nn.Module] = {}
+
+    def after_epoch(epoch: int, loss: Tensor) -> None:
+        if epoch in snapshots:
+            kept[epoch] = _with_deltas(layer, problem.deltas)
+        if on_epoch is not None:
+            on_epoch(epoch, loss)
+
+    shuffle = _shuffling(problem.size, seed) if order is None else order
+    history = _train(problem, step, epochs, batch_size, shuffle, after_epoch)
     if not torch.isfinite(history).all():
         epoch = int((~torch.isfinite(history)).nonzero()[0])
         raise RuntimeError(
             f"The adaptation loss is not finite from epoch {epoch + 1} on; lower lr (now {rate:g})."
         )
-    return Adaptation(_with_deltas(layer, problem.deltas), history)
+    return Adaptation(_with_deltas(layer, problem.deltas), history, kept)
+
+
+def _shuffling(size: int, seed: int) -> Callable[[int], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda epoch: torch.randperm(size, generator=generator)
 
 
 def _train(
@@ -101,15 +125,14 @@ def _train(
     step: Callable[[int], None],
     epochs: int,
     batch_size: int,
-    seed: int,
-    on_epoch: Callable[[int, Tensor], None] | None,
+    order: Callable[[int], Tensor],
+    on_epoch: Callable[[int, Tensor], None],
 ) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
     done = 0
     history = []
     for epoch in range(1, epochs + 1):
         total: Tensor | None = None
-        for index in torch.randperm(problem.size, generator=generator).split(batch_size):
+        for index in order(epoch).split(batch_size):
             loss = problem.evaluate(index)
             done += 1
             step(done)
@@ -117,8 +140,7 @@ def _train(
             total = loss if total is None else total + loss
         assert total is not None
         history.append(total / problem.size)
-        if on_epoch is not None:
-            on_epoch(epoch, history[-1])
+        on_epoch(epoch, history[-1])
     return torch.stack(history).cpu()
 
 
