@@ -135,6 +135,28 @@ def prepare(config: MergeConfig, device: str = "auto") -> Job:
         name: _open_expert(base, layout, reference, name)
         for name, reference in zip(names, references, strict=True)
     }
+    return assemble(config, base, experts, layout, where)
+
+
+def assemble(
+    config: MergeConfig,
+    base: Checkpoint,
+    experts: dict[str, ExpertView],
+    layout: ModelLayout,
+    device: torch.device,
+) -> Job:
+    """The job of checkpoints that are open and matched: chooses the preset, resolves settings.
+
+    Args:
+        config: the merge.
+        base: the pretrained checkpoint.
+        experts: by task name, in the configuration's order.
+        layout: of the base; at least one layer.
+        device: where layers are computed.
+
+    Raises:
+        InputError: an unknown preset, values that contradict each other.
+    """
     largest = max(layout.layers, key=lambda spec: spec.numel)
     scope: Scope = "mlp" if largest.scope == "mlp" else "block"
     preset = choose_preset(
@@ -148,7 +170,7 @@ def prepare(config: MergeConfig, device: str = "auto") -> Job:
     notes = [*layout.notes]
     for view in experts.values():
         notes += view.notes
-    return Job(config, settings, base, experts, layout, where, notes)
+    return Job(config, settings, base, experts, layout, device, notes)
 
 
 def choose_device(name: str) -> torch.device:

@@ -114,11 +114,33 @@ class ModelLayout:
                 fix="Give the model it was trained on as the base model and this as an expert",
             )
         model = build_skeleton(base)
-        names = Names(model)
+        return cls.from_model(base, model, Names(model), scope, decoder=is_decoder(model))
+
+    @classmethod
+    def from_model(
+        cls,
+        base: Checkpoint,
+        model: transformers.PreTrainedModel,
+        names: Names,
+        scope: Scope = "auto",
+        *,
+        decoder: bool,
+    ) -> ModelLayout:
+        """Find the layers of a model that is already built, on whatever device.
+
+        Args:
+            base: the checkpoint with its weights.
+            model: the model they belong to; only its structure is used.
+            names: of the model.
+            scope: as for ``from_checkpoint``.
+            decoder: whether the model is a causal language model.
+
+        Raises:
+            InputError: as ``from_checkpoint``.
+        """
         table = names.table(base.names, base.role)
         lists = repeated_layers(model)
         _check_against_config(base, model, names, table, list(lists))
-        decoder = is_decoder(model)
         paths, notes = _layer_paths(model, lists, scope, decoder)
         layers, modules = [], {}
         for path, layer_scope in paths:
@@ -228,7 +250,8 @@ def _layer_paths(
                 expected="dense layers",
                 fix="Mixture-of-experts models are not supported yet",
             )
-    two_sided = bool(getattr(model.config, "is_encoder_decoder", False))
+    config = getattr(model, "config", None)  # a plain module has none
+    two_sided = bool(getattr(config, "is_encoder_decoder", False))
     if two_sided and scope == "block":
         raise InputError(
             f"{type(model).__name__} is an encoder-decoder",
