@@ -25,7 +25,8 @@ KERNELS = Path(__file__).parents[1] / "kernels"
 # Largest shared memory of one block, bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Blocks were chosen to need no stack with Triton 3.6. The register allocation of any other release
-# is its own: a register or two on the stack costs nothing, an unrolled loop's operands cost hundreds.
+# is its own: a register or two on the stack costs nothing, an unrolled loop's operands cost
+# hundreds of bytes.
 STACK_LIMIT = 0 if version("triton").startswith("3.6.") else 32
 
 
