@@ -6,11 +6,13 @@
 
 # Bound eagerly: merge, construct and adapt are functions here and modules below, and whoever is
 # bound last wins. None of these imports loads triton, the binary or transformers.
+from fda_fast.activations import collect_activations, save_activations
 from fda_fast.adapt import Adaptation, adapt
 from fda_fast.anchors import Anchors, init_anchors
 from fda_fast.construct import Alignment, Construction, alignment, construct
 from fda_fast.errors import InputError
 from fda_fast.merge import Report, merge
+from fda_fast.scale import ScaleChoice, choose_scale
 from fda_fast.version import __version__
 
 __all__ = [
@@ -20,10 +22,14 @@ __all__ = [
     "Construction",
     "InputError",
     "Report",
+    "ScaleChoice",
     "__version__",
     "adapt",
     "alignment",
+    "choose_scale",
+    "collect_activations",
     "construct",
     "init_anchors",
     "merge",
+    "save_activations",
 ]

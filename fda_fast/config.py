@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     field_validator,
     model_validator,
@@ -74,6 +76,39 @@ NotNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_
 Finite = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _scale(value: object) -> object:
+    if value == "auto":
+        return value
+    if isinstance(value, int | float) and _is_number(value) and 0 < value < math.inf:
+        return float(value)
+    raise ValueError(f"a positive number or auto, not {_SHORT.repr(value)}")
+
+
+def _betas(value: object) -> object:
+    if isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)):
+        first, second = map(float, value)
+        if 0 <= first < 1 and 0 <= second < 1:
+            return first, second
+    raise ValueError(f"two numbers from 0 to below 1, not {_SHORT.repr(value)}")
+
+
+def _epochs(value: object) -> object:
+    counts: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+    if not counts or any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError(f"a positive integer or a list of them, not {_SHORT.repr(value)}")
+    return counts[0] if len(counts) == 1 else tuple(sorted(set(counts)))
+
+
+# Written out, because a union's errors name its branches rather than the key.
+Scale = Annotated[float | Literal["auto"], PlainValidator(_scale)]
+Betas = Annotated[tuple[float, float], PlainValidator(_betas)]
+Epochs = Annotated[int | tuple[int, ...], PlainValidator(_epochs)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -122,12 +157,16 @@ class Parameters(_Strict):
         init: anchors from rows of the expert's weights, or Gaussian.
         anchors: number n of anchors per task and layer.
         tokens: tokens T per anchor (whole blocks only).
-        scale: standard deviation of Gaussian anchors.
+        scale: standard deviation of Gaussian anchors, or "auto": the best of several on one layer.
         steps: construction steps.
         lr: construction's learning rate.
         weight_decay: construction's weight decay.
+        betas: construction's AdamW moments.
+        patience: construction of an expert ends when its best loss has not improved over this
+            many steps; default: all steps are done.
         distance: what compares layer outputs in construction.
-        epochs: adaptation's passes over all anchors.
+        epochs: adaptation's passes over all anchors; a list writes one model for each number,
+            from one run.
         adapt_lr: adaptation's learning rate.
         batch_size: anchors per adaptation step.
         adapt_distance: what compares layer outputs in adaptation.
@@ -136,6 +175,8 @@ class Parameters(_Strict):
         scope: whole blocks, their MLPs, or by architecture ("auto").
         seed: of the anchors' initialisation and of the shuffling.
         outside: where tensors outside the adapted layers come from.
+        extra_anchors: folder of real activations to adapt to beside the anchors, in files
+            <expert>/<layer>.safetensors as ``fda_fast.save_activations`` writes them.
     """
 
     preset: str | None = None
@@ -145,12 +186,14 @@ class Parameters(_Strict):
     init: Literal["weights", "gaussian"] | None = None
     anchors: Count | None = None
     tokens: Count | None = None
-    scale: Positive | None = None
+    scale: Scale | None = None
     steps: Count | None = None
     lr: Positive | None = None
     weight_decay: NotNegative | None = None
+    betas: Betas | None = None
+    patience: Count | None = None
     distance: Distance | None = None
-    epochs: Count | None = None
+    epochs: Epochs | None = None
     adapt_lr: Positive | None = None
     batch_size: Count | None = None
     adapt_distance: Distance | None = None
@@ -159,6 +202,17 @@ class Parameters(_Strict):
     scope: Literal["auto", "block", "mlp"] = "auto"
     seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)] = 0
     outside: Literal["pretrained", "start"] | None = None
+    extra_anchors: str | None = None
+
+
+class LoraOutput(_Strict):
+    """An adapter to write beside the merged model.
+
+    Attributes:
+        rank: of every matrix's low-rank change.
+    """
+
+    rank: Count
 
 
 class TokenizerSource(_Strict):
@@ -178,6 +232,7 @@ class MergeConfig(_Strict):
         dtype: as ``out_dtype``; computations are in float32 whatever it says.
         out_dtype: dtype of the written floating-point tensors; default: the base's own.
         tokenizer_source: only "base".
+        out_lora: also write merged - base as a LoRA adapter, in the output's folder ``lora``.
     """
 
     merge_method: Literal["fda", "task_arithmetic", "tsv", "wudi"]
@@ -188,6 +243,7 @@ class MergeConfig(_Strict):
     out_dtype: Dtype | None = None
     tokenizer_source: Literal["base"] | None = None
     tokenizer: TokenizerSource | None = None
+    out_lora: LoraOutput | None = None
 
     @field_validator("models", mode="after")
     @classmethod
@@ -278,7 +334,11 @@ def parse(
         models = [
             entry.model_copy(update={"model": absolute(entry.model, folder)}) for entry in models
         ]
-    return config.model_copy(update={"base_model": base, "models": models})
+    update: dict[str, Any] = {"base_model": base, "models": models}
+    if folder is not None and config.parameters.extra_anchors is not None:
+        extra = str(folder / Path(config.parameters.extra_anchors).expanduser())
+        update["parameters"] = config.parameters.model_copy(update={"extra_anchors": extra})
+    return config.model_copy(update=update)
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:
@@ -392,6 +452,8 @@ def _keys_beside(at: tuple[str | int, ...]) -> list[str]:
         model = Parameters
     elif at[0] == "tokenizer" and len(at) > 1:
         model = TokenizerSource
+    elif at[0] == "out_lora" and len(at) > 1:
+        model = LoraOutput
     elif at[0] == "models" and len(at) > 2:
         model = ModelParameters if at[2] == "parameters" and len(at) > 3 else ModelEntry
     return list(model.model_fields)

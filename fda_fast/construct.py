@@ -13,6 +13,11 @@ from fda_fast import layers
 from fda_fast.errors import InputError
 from fda_fast.layers.graph import AnchorOptimiser, step_runner
 
+
+class NeverFinite(RuntimeError):
+    """No step of a construction gave a finite loss."""
+
+
 StepCallback = Callable[[int, Tensor, Tensor], None]
 """Called as ``(step, loss [K], cosines [K, P])`` with device tensors; reading one synchronises."""
 
@@ -42,12 +47,14 @@ class Construction:
         loss: its loss: a float, or K floats.
         history: loss at every step, [steps] or [steps, K], on the CPU.
         cosines: cos(G_p, tau_p) at the best X by parameter name: a dict, or K of them.
+        steps: steps after which the anchors were taken: an int, or K of them.
     """
 
     anchors: Tensor
     loss: float | list[float]
     history: Tensor = field(repr=False)
     cosines: dict[str, float] | list[dict[str, float]]
+    steps: int | list[int]
 
 
 def alignment(
@@ -131,8 +138,10 @@ def construct(
         distance: "cosine" (published), "l2" or "l1".
         engine: "auto", "program" or "autograd".
         precision: "auto", "fp32", "tf32" or "bf16".
-        patience: stop once no task's best loss improved by ``tolerance`` (relative) over this
-            many steps. None, the default, runs all steps as published.
+        patience: a task stops once its best loss improved by less than ``tolerance`` (relative)
+            over this many steps, looked at every so many steps: the anchors it then has are kept,
+            whatever the other tasks of the batch still do. None, the default, runs all steps as
+            published.
         tolerance: see ``patience``.
         progress: draw a progress bar on stderr (ignored when ``on_step`` is given).
         on_step: called after every evaluation with device tensors.
@@ -142,7 +151,7 @@ def construct(
 
     Raises:
         InputError: shapes or options that cannot be used.
-        RuntimeError: the loss of a task was never finite.
+        NeverFinite: the loss of a task was never finite; a RuntimeError.
 
     Cost: ``steps`` evaluations of ``alignment`` for each task; no host synchronisation inside
     the loop other than by ``patience``, ``progress`` and ``on_step``.
@@ -168,21 +177,31 @@ def construct(
         from fda_fast.progress import step_bar
 
         with step_bar(steps, n_terms=len(names)) as bar:
-            done = _optimise(optimiser, steps, patience, tolerance, bar)
+            found = _optimise(optimiser, steps, patience, tolerance, bar)
     else:
-        done = _optimise(optimiser, steps, patience, tolerance, on_step)
-    losses = optimiser.best_loss.tolist()
+        found = _optimise(optimiser, steps, patience, tolerance, on_step)
+    losses = [float(loss) for loss in found.loss.tolist()]
     for task, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"The alignment loss of task {task} was never finite in {done} steps."
+            raise NeverFinite(
+                f"The alignment loss of task {task} was never finite in {found.steps[task]} steps."
                 " Check the layer's weights for NaN or Inf, or start from smaller anchors."
             )
-    cosines = [dict(zip(names, row, strict=True)) for row in optimiser.best_cosines.tolist()]
-    history = optimiser.history[:done].cpu()
+    cosines = [dict(zip(names, row, strict=True)) for row in found.cosines.tolist()]
+    history = optimiser.history[: max(found.steps)].cpu()
     if single:
-        return Construction(optimiser.best_anchors[0], losses[0], history[:, 0], cosines[0])
-    return Construction(optimiser.best_anchors, losses, history, cosines)
+        return Construction(found.anchors[0], losses[0], history[:, 0], cosines[0], found.steps[0])
+    return Construction(found.anchors, losses, history, cosines, found.steps)
+
+
+@dataclass
+class _Found:
+    """The best anchors of every task, as they were when the task stopped."""
+
+    anchors: Tensor
+    loss: Tensor
+    cosines: Tensor
+    steps: list[int]
 
 
 def _optimise(
@@ -191,26 +210,41 @@ def _optimise(
     patience: int | None,
     tolerance: float,
     on_step: StepCallback | None,
-) -> int:
-    """Run the steps, at most ``steps``; returns how many were done."""
+) -> _Found:
+    """Run the steps, at most ``steps``, fewer when every task has stopped."""
     run = step_runner(optimiser.step, optimiser.anchors.device)
     history = optimiser.history
-    for step in range(1, steps + 1):
+    tasks = history.shape[1]
+    stopped: dict[int, tuple[int, Tensor, Tensor, Tensor]] = {}
+    done = 0
+    while done < steps and len(stopped) < tasks:
         run()
+        done += 1
         if on_step is not None:
-            on_step(step, history[step - 1], optimiser.cosines)
-        if patience and step % patience == 0 and _plateau(history[:step], patience, tolerance):
-            return step
-    return steps
+            on_step(done, history[done - 1], optimiser.cosines)
+        if patience and done % patience == 0 and done < steps:
+            for task in _plateau(history[:done], patience, tolerance):
+                if task not in stopped:
+                    best = optimiser.best_anchors, optimiser.best_loss, optimiser.best_cosines
+                    anchors, loss, cosines = (values[task].clone() for values in best)
+                    stopped[task] = done, anchors, loss, cosines
+    counts = [done] * tasks
+    for task, (count, anchors, loss, cosines) in stopped.items():
+        counts[task] = count
+        optimiser.best_anchors[task] = anchors
+        optimiser.best_loss[task] = loss
+        optimiser.best_cosines[task] = cosines
+    return _Found(optimiser.best_anchors, optimiser.best_loss, optimiser.best_cosines, counts)
 
 
-def _plateau(history: Tensor, patience: int, tolerance: float) -> bool:
-    """Whether the last ``patience`` steps improved no task by ``tolerance``: one host read."""
+def _plateau(history: Tensor, patience: int, tolerance: float) -> list[int]:
+    """Tasks whose last ``patience`` steps improved by less than ``tolerance``: one host read."""
     if len(history) <= patience:
-        return False
+        return []
     before = history[:-patience].amin(0)
     now = history[-patience:].amin(0)
-    return bool((now > before * (1 - tolerance)).all())
+    flat: list[int] = (now > before * (1 - tolerance)).nonzero()[:, 0].tolist()
+    return flat
 
 
 def _stack(anchors: Tensor | Sequence[Tensor], n_tasks: int, single: bool) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Job:
         layout: the base's layers and the tensors outside them.
         device: where layers are computed.
         notes: what the user should know.
+        records: what was decided on the way, for the report.
     """
 
     config: MergeConfig
@@ -67,6 +68,13 @@ class Job:
     layout: ModelLayout
     device: torch.device
     notes: list[str]
+    records: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def extra_anchors(self) -> Path | None:
+        """The folder of anchors that adaptation uses beside the constructed ones."""
+        folder = self.config.parameters.extra_anchors
+        return None if folder is None or not self.settings.optimises else Path(folder)
 
     @property
     def layers(self) -> list[LayerSpec]:

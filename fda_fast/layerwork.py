@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fda_fast.adapt import adapt
+from fda_fast.adapt import Adaptation, adapt
 from fda_fast.anchors import Anchors, init_anchors
 from fda_fast.construct import construct
 from fda_fast.errors import InputError
@@ -49,10 +50,17 @@ class TaskResult:
     Attributes:
         loss: alignment loss of the anchors kept.
         cosines: cosine of gradient and task vector by parameter name.
+        steps: steps done, where ``patience`` could end them early.
     """
 
     loss: float
     cosines: Mapping[str, float]
+    steps: int | None = None
+
+    @classmethod
+    def of(cls, anchors: Anchors) -> TaskResult:
+        """What finished anchors say about themselves."""
+        return cls(anchors.loss, dict(anchors.cosines), anchors.settings.get("steps_done"))
 
     @property
     def mean_cosine(self) -> float:
@@ -68,28 +76,40 @@ class LayerResult:
         layer: its name.
         tasks: results by task name.
         adaptation: mean loss of an anchor in the first and in the last epoch; None without one.
+        snapshots: that loss in every epoch of which a model is kept.
         seconds: time by phase in this run; empty if an earlier run did the layer.
     """
 
     layer: str
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     adaptation: tuple[float, float] | None = None
+    snapshots: dict[int, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def as_record(self) -> dict[str, Any]:
         """The part that is the same in every run."""
-        tasks = {
-            task: {"loss": result.loss, "cosines": dict(result.cosines)}
-            for task, result in self.tasks.items()
-        }
-        return {"layer": self.layer, "tasks": tasks, "adaptation": self.adaptation}
+        tasks = {}
+        for task, result in self.tasks.items():
+            tasks[task] = {"loss": result.loss, "cosines": dict(result.cosines)}
+            if result.steps is not None:
+                tasks[task]["steps"] = result.steps
+        record = {"layer": self.layer, "tasks": tasks, "adaptation": self.adaptation}
+        return record | ({"snapshots": self.snapshots} if self.snapshots else {})
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> LayerResult:
         """What ``as_record`` gave."""
         tasks = {task: TaskResult(**values) for task, values in record["tasks"].items()}
         adaptation = record["adaptation"]
-        return cls(record["layer"], tasks, tuple(adaptation) if adaptation else None)
+        snapshots = {int(epoch): loss for epoch, loss in record.get("snapshots", {}).items()}
+        return cls(record["layer"], tasks, tuple(adaptation) if adaptation else None, snapshots)
+
+    def at(self, epoch: int) -> LayerResult:
+        """The result of a run that ended after ``epoch`` epochs."""
+        adaptation = self.adaptation
+        if adaptation is not None:
+            adaptation = adaptation[0], self.snapshots[epoch]
+        return dataclasses.replace(self, adaptation=adaptation, snapshots={})
 
 
 def stable_seed(*parts: object) -> int:
@@ -107,6 +127,7 @@ def is_unchanged(pretrained: nn.Module, finetuned: nn.Module) -> bool:
 def first_anchors(inputs: LayerInput, task: str, settings: Settings) -> Tensor:
     """The anchors that construction starts from; depend on seed, layer and task only."""
     wanted = settings.construct
+    assert wanted.scale != "auto", "the scale is chosen before the first layer"
     generator = torch.Generator().manual_seed(stable_seed(wanted.seed, inputs.name, task))
     return init_anchors(
         inputs.finetuned[task],
@@ -178,14 +199,22 @@ def _construct_group(
         distance=wanted.distance,
         engine=settings.engine,
         precision=settings.precision,
+        patience=wanted.patience,
         progress=False,
         on_step=display.on_step,
     )
     display.end()
     assert isinstance(result.loss, list) and isinstance(result.cosines, list)
+    assert isinstance(result.steps, list)
     for i, task in enumerate(moving):
         made[task] = _pack(
-            inputs, task, settings, result.anchors[i], result.loss[i], result.cosines[i]
+            inputs,
+            task,
+            settings,
+            result.anchors[i],
+            result.loss[i],
+            result.cosines[i],
+            steps=result.steps[i] if wanted.patience else None,
         )
     return made
 
@@ -197,12 +226,14 @@ def _pack(
     tensor: Tensor,
     loss: float,
     cosines: Mapping[str, float],
+    steps: int | None = None,
 ) -> Anchors:
+    done = {} if steps is None else {"steps_done": steps}
     return Anchors(
         tensor.detach().to("cpu", torch.float32),
         layer=inputs.name,
         task=task,
-        settings=_construction_settings(settings),
+        settings=construction_settings(settings) | done,
         cosines=cosines,
         loss=loss,
         pretrained_sha256=inputs.hashes[""],
@@ -210,7 +241,8 @@ def _pack(
     )
 
 
-def _construction_settings(settings: Settings) -> dict[str, Any]:
+def construction_settings(settings: Settings) -> dict[str, Any]:
+    """What decides the anchors, as their files record it."""
     found: dict[str, Any] = settings.as_dict()["construct"]
     # Tuples come back from a file as lists.
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
@@ -254,8 +286,9 @@ def adapt_layer(
     start: Any,
     settings: Settings,
     display: Display,
-) -> tuple[nn.Module, tuple[float, float]]:
-    """The merged layer, and its mean loss per anchor in the first and last epoch.
+    extra: Mapping[str, Tensor] | None = None,
+) -> Adaptation:
+    """The merged layer, and its mean loss per anchor in every epoch.
 
     Args:
         inputs: the layer.
@@ -263,10 +296,16 @@ def adapt_layer(
         start: as ``adapt`` takes it.
         settings: of the merge.
         display: shows the epochs.
+        extra: further anchors by task, such as real activations, [n, (T,) d] with any n.
     """
     wanted = settings.adapt
     device = next(inputs.pretrained.parameters()).device
-    tasks = [(anchors[task].tensor.to(device), layer) for task, layer in inputs.finetuned.items()]
+    tasks = []
+    for task, layer in inputs.finetuned.items():
+        tensor = anchors[task].tensor
+        if extra is not None and task in extra:
+            tensor = torch.cat([tensor, extra[task]])
+        tasks.append((tensor.to(device), layer))
     display.begin("adapt", inputs.name, inputs.index, wanted.epochs, list(inputs.finetuned))
     result = adapt(
         inputs.pretrained,
@@ -280,8 +319,8 @@ def adapt_layer(
         engine=settings.engine,
         precision=settings.precision,
         seed=stable_seed(settings.construct.seed, inputs.name, "adapt") % 2**31,
+        snapshots=wanted.snapshots[:-1],
         on_epoch=display.on_epoch,
     )
     display.end()
-    first, last = result.history[0].item(), result.history[-1].item()
-    return result.layer, (first, last)
+    return result

@@ -7,9 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
 
 from fda_fast.config import MergeConfig, parse
+from fda_fast.dtypes import dtype_name
 from fda_fast.errors import InputError
 from fda_fast.layerwork import LayerResult
 from fda_fast.progress import Display, display
@@ -41,22 +45,48 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
+@overload
 def merge(
     pretrained: PathLike,
     experts: Sequence[PathLike] | Mapping[str, PathLike],
     output: PathLike,
+    **settings: Any,
+) -> Report: ...
+@overload
+def merge(
+    pretrained: nn.Module, experts: Sequence[Any] | Mapping[str, Any], **settings: Any
+) -> nn.Module: ...
+@overload
+def merge(
+    pretrained: Mapping[str, Tensor],
+    experts: Sequence[Any] | Mapping[str, Any],
     *,
+    model: Any,
+    **settings: Any,
+) -> dict[str, Tensor]: ...
+def merge(
+    pretrained: PathLike | nn.Module | Mapping[str, Tensor],
+    experts: Sequence[Any] | Mapping[str, Any],
+    output: PathLike | None = None,
+    *,
+    model: Any = None,
     start: str = "pretrained",
     method: str = "fda",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
     device: str = "auto",
     anchors_from: PathLike | None = None,
+    out_lora: Mapping[str, int] | None = None,
     keep_anchors: bool = False,
     restart: bool = False,
     progress: bool = True,
     **parameters: Any,
-) -> Report:
-    """Merge fine-tuned models into one, on disk.
+) -> Report | nn.Module | dict[str, Tensor]:
+    """Merge fine-tuned models into one: folders on disk, or models in memory.
+
+    With a path as ``pretrained`` the merged checkpoint is written to ``output``. With a module or
+    a state dict it is returned, and nothing that was passed in is modified: see
+    ``memory_merge.merge_in_memory``, which also gives the report.
 
     Per layer: read it from the base and every expert, construct anchors for every expert, adapt
     the layer to all anchors, save it. Then everything is written as one checkpoint that
@@ -64,16 +94,21 @@ def merge(
     layer (and anchors) and writes the same bytes; unfinished work is in ``<output>.fda-work``.
 
     Args:
-        pretrained: the base model's folder.
-        experts: folders of fine-tuned models or PEFT adapters; a mapping names them.
-        output: folder to write: new, or empty.
+        pretrained: the base model's folder; or an ``nn.Module``, or a state dict.
+        experts: folders of fine-tuned models or PEFT adapters; in memory also modules, PEFT models
+            and state dicts. A mapping names them.
+        output: folder to write: new, or empty. None in memory.
+        model: with a state dict, the module or transformers config it belongs to.
         start: where adaptation begins: "pretrained" (all weights are trained), or
             "task_arithmetic", "tsv", "wudi" (elementwise coefficients of task vectors are).
         method: "fda", or a starting point alone: "task_arithmetic", "tsv", "wudi".
-        dtype: of the written weights: "float32", "bfloat16", "float16"; default the base's.
+        dtype: of the written weights: "float32", "bfloat16", "float16", or torch's; default the
+            base's. ``torch_dtype`` is its deprecated name.
         device: "auto", "cpu", "cuda", "cuda:N".
-        anchors_from: folder of finished anchors, such as ``keep_anchors`` leaves: only adaptation
-            is done. Anchors do not depend on ``start``, so one set serves every start.
+        anchors_from: folder of finished anchors, such as ``keep_anchors`` leaves: they are used,
+            and only those of experts missing there are constructed. Anchors do not depend on
+            ``start``, so one set serves every start.
+        out_lora: {"rank": r} also writes merged - base as a LoRA adapter, in ``output/lora``.
         keep_anchors: leave the anchors in ``output/anchors/<expert>/<layer>.safetensors``.
         restart: throw away the unfinished work of an earlier, different merge.
         progress: show what is going on, on stderr.
@@ -81,7 +116,7 @@ def merge(
             epochs, adapt_lr, batch_size, scaling, engine, precision, scope, seed, outside, ...
 
     Returns:
-        ``Report``.
+        ``Report``; in memory the merged module, or state dict.
 
     Raises:
         InputError: anything wrong with the input; nothing is written then.
@@ -90,6 +125,29 @@ def merge(
     Memory: one layer of all models in float32 and its anchors.
     Source: FDA, arXiv 2510.21223v1; published settings are presets (``fda_fast.presets``).
     """
+    dtype = dtype_name(dtype, torch_dtype)
+    if not isinstance(pretrained, str | os.PathLike):
+        from fda_fast.memory_merge import merge_in_memory
+
+        _refuse(output=output, keep_anchors=keep_anchors, restart=restart, out_lora=out_lora)
+        return merge_in_memory(
+            pretrained,
+            experts,
+            model=model,
+            start=start,
+            method=method,
+            dtype=dtype,
+            device=device,
+            anchors_from=anchors_from,
+            progress=progress,
+            **parameters,
+        ).model
+    if output is None or model is not None:
+        raise InputError(
+            "merge() of folders",
+            expected="output, and no model",
+            got="no output" if output is None else "model",
+        )
     pairs = experts.items() if isinstance(experts, Mapping) else [(None, e) for e in experts]
     models = [{"model": os.fspath(path), "name": name} for name, path in pairs]
     content: dict[str, Any] = {
@@ -98,17 +156,27 @@ def merge(
         "models": models,
         "parameters": parameters if method != "fda" else {"start": start, **parameters},
         "out_dtype": dtype,
+        "out_lora": out_lora,
     }
     return run(
         parse(content, where="merge()"),
         output,
-        mode="merge" if anchors_from is None else "adapt",
         anchors=None if anchors_from is None else Path(anchors_from),
         device=device,
         keep_anchors=keep_anchors,
         restart=restart,
         progress=progress,
     )
+
+
+def _refuse(**options: object) -> None:
+    """Refuse the options of merges on disk."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise InputError(
+            f"{given[0]} has no meaning for models in memory",
+            fix="Save the module that merge() returns, or give folders.",
+        )
 
 
 def run(
@@ -128,17 +196,21 @@ def run(
         config: from ``config.load`` or ``config.parse``.
         output: folder to write: new, or empty.
         mode: "merge", "construct" (anchors only) or "adapt" (to finished ``anchors``).
-        anchors: folder of finished anchors, with mode "adapt".
+        anchors: folder of finished anchors: of every expert with mode "adapt", of some or all
+            with mode "merge", which constructs the others.
         device, keep_anchors, restart, progress: as ``merge``.
 
     Raises:
         InputError, OSError: as ``merge``.
     """
     # Not at the top: they load transformers, which `import fda_fast` should not wait for.
+    from fda_fast.activations import check_extra_anchors
     from fda_fast.checkpoints.identity import check_differs
     from fda_fast.checkpoints.outputs import check_output
     from fda_fast.job import prepare, tasks_per_batch
-    from fda_fast.output import check_room, publish_anchors, write_model
+    from fda_fast.output import check_room, publish_anchors, write_models
+    from fda_fast.reuse import reuse_notes
+    from fda_fast.startscale import resolve_scale
 
     begun = time.monotonic()
     target = Path(os.path.abspath(Path(output).expanduser()))
@@ -148,11 +220,18 @@ def run(
         if mode != "merge" and not job.settings.optimises:
             raise InputError(f"merge_method {job.settings.method} has no anchors")
         check_room(job, target, mode)
-        extra = {"anchors": _folder_identity(anchors)} if anchors is not None else None
+        extra = {}
+        if anchors is not None:
+            extra["anchors"] = _folder_identity(anchors)
+            job.notes += reuse_notes(job, anchors)
+        if job.extra_anchors is not None:
+            check_extra_anchors(job.extra_anchors, job.experts, [s.name for s in job.layers])
+            extra["extra_anchors"] = _folder_identity(job.extra_anchors)
         for view in job.experts.values():
             check_differs(view, job.layout)
         with WorkDirectory(target) as work, display(progress) as shown, explained(work):
             work.open(job.identity(mode, extra), batch=tasks_per_batch(job), restart=restart)
+            resolve_scale(job, work)
             for note in job.notes:
                 shown.note(note)
             layers = _layers(job, work, shown, mode, anchors)
@@ -160,7 +239,10 @@ def run(
             if mode == "construct":
                 publish_anchors(work, target)
             else:
-                write_model(job, work, target, layers, display=shown, keep_anchors=keep_anchors)
+                kept = [anchors] if anchors is not None else []
+                write_models(
+                    job, work, target, layers, display=shown, keep_anchors=keep_anchors, kept=kept
+                )
             seconds = _total(layers)
             seconds["write"] = time.monotonic() - writing
             work.remove()

@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fda_fast.activations import extra_anchors
 from fda_fast.anchors import Anchors
 from fda_fast.checkpoints.align import check_finite
 from fda_fast.checkpoints.hashing import hash_tensors
@@ -25,7 +26,7 @@ from fda_fast.layerwork import (
 )
 from fda_fast.progress import Display
 from fda_fast.startpoint import adaptation_start, merged_tensor
-from fda_fast.work import WorkDirectory, file_name
+from fda_fast.work import WorkDirectory, file_name, snapshot_key
 
 
 def read_layer(job: Job, index: int) -> LayerInput:
@@ -72,8 +73,10 @@ def process_layer(
         work: where finished work is.
         index: of the layer.
         display: shows progress.
-        mode: "merge", or "construct" to stop after the anchors.
-        source: folder of finished anchors to adapt to, instead of constructing them.
+        mode: "merge", "construct" to stop after the anchors, or "adapt" to take all of them
+            from ``source``.
+        source: folder of finished anchors to use; with "merge" those missing there are
+            constructed.
     """
     spec = job.layers[index]
     if work.is_finished(spec.name):
@@ -109,37 +112,51 @@ def _optimise(
     result: LayerResult,
 ) -> dict[str, Tensor]:
     spec = job.layers[inputs.index]
+    if len(inputs.unchanged) == len(job.experts):
+        # Such as an expert of a mixture that no training text was routed to: nothing to do.
+        nothing = dict.fromkeys(spec.parameters, 0.0)
+        result.tasks = {task: TaskResult(float(len(nothing)), nothing) for task in job.experts}
+        return {} if mode == "construct" else _stored(spec, inputs.pretrained)
     begun = time.monotonic()
-    if source is None:
-        paths = {task: work.anchors_path(task, spec.name) for task in job.experts}
-        groups = groups_of(list(job.experts), work.batch)
-        anchors = construct_layer(inputs, job.settings, groups, paths, display)
-    else:
-        anchors = load_anchors(source, inputs)
+    found = {} if source is None else load_anchors(source, inputs, every=mode == "adapt")
+    missing = [task for task in job.experts if task not in found]
+    if missing:
+        paths = {task: work.anchors_path(task, spec.name) for task in missing}
+        groups = groups_of(missing, work.batch)
+        found |= construct_layer(inputs, job.settings, groups, paths, display)
+    anchors = {task: found[task] for task in job.experts}
     result.seconds["construct"] = time.monotonic() - begun
-    result.tasks = {
-        task: TaskResult(found.loss, dict(found.cosines)) for task, found in anchors.items()
-    }
+    result.tasks = {task: TaskResult.of(found) for task, found in anchors.items()}
     if mode == "construct":
         return {}
-    if len(inputs.unchanged) == len(job.experts):
-        parameters = dict(inputs.pretrained.named_parameters())
-        return {spec.parameters[name]: p.detach() for name, p in parameters.items()}
     begun = time.monotonic()
     start = adaptation_start(job, spec, inputs)
     result.seconds["start"] = time.monotonic() - begun
     begun = time.monotonic()
-    layer, result.adaptation = adapt_layer(inputs, anchors, start, job.settings, display)
+    extra = extra_anchors(job.extra_anchors, inputs, anchors) if job.extra_anchors else None
+    adapted = adapt_layer(inputs, anchors, start, job.settings, display, extra)
+    history = adapted.history.tolist()
+    result.adaptation = history[0], history[-1]
+    result.snapshots = {epoch: history[epoch - 1] for epoch in job.settings.adapt.snapshots}
     result.seconds["adapt"] = time.monotonic() - begun
+    tensors = _stored(spec, adapted.layer)
+    for epoch, layer in adapted.snapshots.items():
+        tensors |= {snapshot_key(k, epoch): t for k, t in _stored(spec, layer).items()}
+    return tensors
+
+
+def _stored(spec: LayerSpec, layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's parameters by their names in the base."""
     return {spec.parameters[name]: p.detach() for name, p in layer.named_parameters()}
 
 
-def load_anchors(source: Path, inputs: LayerInput) -> dict[str, Anchors]:
-    """Finished anchors of every task of a layer, checked against the layer.
+def load_anchors(source: Path, inputs: LayerInput, *, every: bool = True) -> dict[str, Anchors]:
+    """Finished anchors of the tasks of a layer, checked against the layer.
 
     Args:
         source: a folder with <task>/<layer>.safetensors.
         inputs: the layer.
+        every: refuse a folder without those of some task, rather than leave the task out.
 
     Raises:
         InputError: a missing file, or anchors of another layer, width or checkpoint.
@@ -148,6 +165,8 @@ def load_anchors(source: Path, inputs: LayerInput) -> dict[str, Anchors]:
     for task in inputs.finetuned:
         path = source / file_name(task) / f"{file_name(inputs.name)}.safetensors"
         if not path.is_file():
+            if not every:
+                continue
             raise InputError(
                 f"no anchors of expert {task} for layer {inputs.name}",
                 expected=str(path),

@@ -41,7 +41,10 @@ class ConstructSettings:
         init: "weights" (rows of the expert's weights) or "gaussian"; both are published [2.4],
             "weights" is the default because it needs no scale and is the better one for four of
             the five models published from the pretrained start with both [ours].
-        scale: sigma of "gaussian". 0.01 everywhere [C.3].
+        scale: sigma of "gaussian". 0.01 everywhere [C.3]; "auto" chooses it on one layer, as
+            appendix C.5 describes.
+        patience: end an expert's construction after this many steps without progress; None, as
+            published, does all steps.
         layout: order in which weight rows are dealt out, see ``anchors.init_anchors``:
             "token_first" in the vision code, "anchor_first" in the others [code].
         seed: 0 [code].
@@ -56,9 +59,10 @@ class ConstructSettings:
     eps: float = 1e-8
     distance: Literal["cosine", "l2", "l1"] = "cosine"
     init: Literal["weights", "gaussian"] = "weights"
-    scale: float = 0.01
+    scale: float | Literal["auto"] = 0.01
     layout: Literal["anchor_first", "token_first"] = "anchor_first"
     seed: int = 0
+    patience: int | None = None
 
     @property
     def rows(self) -> int:
@@ -86,6 +90,8 @@ class AdaptSettings:
         coefficient: first value of every alpha.
         per_task: True: one alpha per task vector (Task Arithmetic in vision and RoBERTa);
             False: one alpha on the merged task vector as a whole (TSV-M, WUDI, Llama) [code].
+        snapshots: epochs after which a model is kept, ascending, the last one included; empty:
+            the last alone.
     """
 
     epochs: int
@@ -95,6 +101,7 @@ class AdaptSettings:
     mode: Literal["weights", "coefficients"] = "coefficients"
     coefficient: float = 1.0
     per_task: bool = False
+    snapshots: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -142,12 +142,18 @@ def resolve(config: MergeConfig, preset: Preset, scope: Scope) -> Settings:
             "steps": "steps",
             "lr": "lr",
             "weight_decay": "weight_decay",
+            "betas": "betas",
+            "patience": "patience",
             "distance": "distance",
             "init": "init",
             "scale": "scale",
             "seed": "seed",
         },
     )
+    if given.scale is not None and construct.init != "gaussian":
+        raise InputError(
+            "scale has no meaning with init: weights", got=given.scale, fix="Set init: gaussian."
+        )
     if scope == "mlp":
         if given.tokens is not None:
             raise InputError(
@@ -164,12 +170,15 @@ def resolve(config: MergeConfig, preset: Preset, scope: Scope) -> Settings:
         preset.adapt(start),
         given,
         {
-            "epochs": "epochs",
             "adapt_lr": "lr",
             "batch_size": "batch_size",
             "adapt_distance": "distance",
         },
     )
+    if isinstance(given.epochs, tuple):
+        adapt = dataclasses.replace(adapt, epochs=given.epochs[-1], snapshots=given.epochs)
+    elif given.epochs is not None:
+        adapt = dataclasses.replace(adapt, epochs=given.epochs)
     starting = _replace(preset.start(start), given, {"scaling": "scaling"})
     if given.scaling is not None and start == "pretrained":
         raise InputError(

@@ -163,10 +163,11 @@ class WorkDirectory:
         record: dict[str, Any] = json.loads(path.read_text())
         return record
 
-    def load_tensor(self, layer: str, name: str) -> Tensor:
-        """One tensor of a finished layer."""
+    def load_tensor(self, layer: str, name: str, epoch: int | None = None) -> Tensor:
+        """One tensor of a finished layer, or as it was after ``epoch`` if that was kept."""
         with safe_open(self.layer_path(layer), framework="pt") as file:
-            return file.get_tensor(name)
+            snapshot = snapshot_key(name, epoch) if epoch is not None else ""
+            return file.get_tensor(snapshot if snapshot in set(file.keys()) else name)
 
     def _acquire(self) -> None:
         while True:
@@ -224,6 +225,11 @@ class WorkDirectory:
                 fix="Use --restart to throw it away, or choose another output directory.",
             )
         return batch
+
+
+def snapshot_key(name: str, epoch: int) -> str:
+    """Name in a finished layer's file of a tensor as it was after ``epoch``."""
+    return f"{name}@{epoch}"
 
 
 def file_name(name: str) -> str:

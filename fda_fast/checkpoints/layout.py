@@ -141,7 +141,7 @@ class ModelLayout:
         table = names.table(base.names, base.role)
         lists = repeated_layers(model)
         _check_against_config(base, model, names, table, list(lists))
-        paths, notes = _layer_paths(model, lists, scope, decoder)
+        paths, notes = layer_paths(model, lists, scope, decoder)
         layers, modules = [], {}
         for path, layer_scope in paths:
             module = model.get_submodule(path)
@@ -229,7 +229,7 @@ class ModelLayout:
         return self._buffers[spec.name]
 
 
-def _layer_paths(
+def layer_paths(
     model: transformers.PreTrainedModel,
     lists: dict[str, nn.ModuleList],
     scope: Scope,
