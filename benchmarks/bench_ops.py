@@ -103,8 +103,9 @@ def optimizer_cases():
         adamw.step_(x, g, avg, avg_sq, 9, loss, best_loss, best, 1e-2, backend=to)
 
     yield "adamw and best anchors", step
-    alpha, tau, alpha_avg = (draw(4, WIDTH, WIDE) for _ in range(3))
-    grad, delta, alpha_avg_sq = draw(WIDTH, WIDE), draw(WIDTH, WIDE), alpha.square()
+    alpha, tau = (draw(4, WIDTH, WIDE) for _ in range(2))
+    grad, delta, alpha_avg = (draw(WIDTH, WIDE) for _ in range(3))
+    alpha_avg_sq = alpha_avg.square()
     yield (
         "coefficients of 4 tasks",
         lambda to: coefficients.update_(

@@ -6,8 +6,8 @@ namespace fda {
 namespace cuda {
 namespace {
 
-// One block: kThreads * N elements of grad and delta, and of every task's alpha and tau. The
-// gradient is read once, and the sum over the tasks stays in registers.
+// One block: kThreads * N elements of grad, its moments and delta, and of every task's alpha and
+// tau. The moments serve all tasks, and the sum over the tasks stays in registers.
 template <int N>
 __global__ void __launch_bounds__(kThreads) update_kernel(
     int64_t tasks, int64_t n, float* __restrict__ alpha, const float* __restrict__ tau,
@@ -16,23 +16,28 @@ __global__ void __launch_bounds__(kThreads) update_kernel(
   const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (column >= n) return;
   const Adam a = constants(arguments);
-  float g[N], sum[N] = {};
+  float g[N], m[N], v[N], deviation[N], sum[N] = {};
   load<N>(grad + column, g);
+  load<N>(exp_avg + column, m);
+  load<N>(exp_avg_sq + column, v);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    moments(a, g[i], m[i], v[i]);
+    deviation[i] = square_root(v[i]) / a.root;
+  }
+  store<N>(exp_avg + column, m);
+  store<N>(exp_avg_sq + column, v);
   for (int64_t k = 0; k < tasks; ++k) {
     const int64_t at = k * n + column;
-    float x[N], t[N], m[N], v[N];
+    float x[N], t[N];
     load<N>(alpha + at, x);
     load<N>(tau + at, t);
-    load<N>(exp_avg + at, m);
-    load<N>(exp_avg_sq + at, v);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      x[i] = adam(a, x[i], g[i] * t[i], m[i], v[i]);
+      x[i] = scaled_adam(a, x[i], t[i], m[i], deviation[i]);
       sum[i] += x[i] * t[i];
     }
     store<N>(alpha + at, x);
-    store<N>(exp_avg + at, m);
-    store<N>(exp_avg_sq + at, v);
   }
   store<N>(delta + column, sum);
 }

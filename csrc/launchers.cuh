@@ -83,7 +83,7 @@ cudaError_t coefficients_update(
     int64_t tasks, int64_t n,
     float* alpha, const float* tau,  // [K, n]
     const float* grad,  // [n]
-    float* exp_avg, float* exp_avg_sq,  // [K, n]
+    float* exp_avg, float* exp_avg_sq,  // [n], moments of grad
     float* delta,  // [n]
     AdamArguments adam,
     cudaStream_t stream);

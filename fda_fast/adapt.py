@@ -197,7 +197,7 @@ def _coefficients_stepper(
         shape = (len(scales), *[1] * delta.dim())
         alpha = tau.new_tensor(scales).view(shape).expand_as(tau).contiguous()
         delta.copy_((alpha * tau).sum(0))
-        state[name] = (alpha, tau, torch.zeros_like(tau), torch.zeros_like(tau))
+        state[name] = (alpha, tau, torch.zeros_like(delta), torch.zeros_like(delta))
     problem.refresh()
 
     def step(count: int) -> None:

@@ -11,35 +11,25 @@ from .scalar import expm1
 
 
 @triton.jit
-def adam_value(
-    value,
-    g,
-    avg,
-    avg_sq,
-    step_ptr,
-    scale,
-    root,
-    lr,
-    log_beta1,
-    log_beta2,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    STEP_ON_DEVICE: tl.constexpr,
-):
-    """One Adam update of a register tile: value, avg, avg_sq. scale, root serve a host step.
+def corrections(step_ptr, scale, root, lr, log_beta1, log_beta2, STEP_ON_DEVICE: tl.constexpr):
+    """Adam's bias corrections: lr / (1 - beta1^step) and the root of 1 - beta2^step.
 
+    Of a step on the device; ``scale`` and ``root`` are those of a step that the host knows.
     1 - beta^step is -expm1(step log beta): 1 - 0.999^1 keeps its digits in float32.
     """
     if STEP_ON_DEVICE:
         step = tl.load(step_ptr).to(tl.float32)
         scale = lr / -expm1(step * log_beta1)
         root = tl.sqrt_rn(-expm1(step * log_beta2))
+    return scale, root
+
+
+@triton.jit
+def moments(g, avg, avg_sq, root, one_minus_beta1, beta2, one_minus_beta2):
+    """Adam's new moments of a register tile, and the corrected root of the second."""
     avg += (g - avg) * one_minus_beta1
     avg_sq = avg_sq * beta2 + one_minus_beta2 * g * g
-    denominator = tl.div_rn(tl.sqrt_rn(avg_sq), root + 0.0 * avg_sq) + eps
-    return value - scale * tl.div_rn(avg, denominator), avg, avg_sq
+    return avg, avg_sq, tl.div_rn(tl.sqrt_rn(avg_sq), root + 0.0 * avg_sq)
 
 
 @triton.jit
@@ -81,23 +71,9 @@ def _adamw_step_kernel(
     g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     avg = tl.load(exp_avg_ptr + at, mask=mask, other=0.0).to(tl.float32)
     avg_sq = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    x, avg, avg_sq = adam_value(
-        x * decay,
-        g,
-        avg,
-        avg_sq,
-        step_ptr,
-        scale,
-        root,
-        lr,
-        log_beta1,
-        log_beta2,
-        one_minus_beta1,
-        beta2,
-        one_minus_beta2,
-        eps,
-        STEP_ON_DEVICE,
-    )
+    scale, root = corrections(step_ptr, scale, root, lr, log_beta1, log_beta2, STEP_ON_DEVICE)
+    avg, avg_sq, deviation = moments(g, avg, avg_sq, root, one_minus_beta1, beta2, one_minus_beta2)
+    x = x * decay - scale * tl.div_rn(avg, deviation + eps)
     tl.store(anchors_ptr + at, x, mask=mask)
     tl.store(exp_avg_ptr + at, avg, mask=mask)
     tl.store(exp_avg_sq_ptr + at, avg_sq, mask=mask)
@@ -131,7 +107,7 @@ def _adamw_record_kernel(
 
 
 def scalars(step, lr: float, betas: tuple[float, float], eps: float) -> tuple[float, ...]:
-    """The scalar arguments of ``adam_value`` in its order, from the step if the host has it."""
+    """Adam's scalar arguments in the kernels' order, from the step if the host has it."""
     beta1, beta2 = betas
     on_device = isinstance(step, torch.Tensor)
     scale = 0.0 if on_device else lr / (1 - beta1**step)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .adamw import adam_value, scalars
+from .adamw import corrections, moments, scalars
 
 
 @triton.jit
@@ -31,41 +31,27 @@ def _coefficients_update_kernel(
     STEP_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK elements of grad, delta [numel] and of all tasks' alpha, tau [K, numel].
+    """One program: BLOCK elements of grad, its moments, delta [numel] and alpha, tau [K, numel].
 
-    The gradient is read once, and the sum over the tasks stays in registers.
+    The moments serve all tasks, and the sum over the tasks stays in registers.
     """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     g = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    avg = tl.load(exp_avg_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    scale, root = corrections(step_ptr, scale, root, lr, log_beta1, log_beta2, STEP_ON_DEVICE)
+    avg, avg_sq, deviation = moments(g, avg, avg_sq, root, one_minus_beta1, beta2, one_minus_beta2)
+    tl.store(exp_avg_ptr + offs, avg, mask=mask)
+    tl.store(exp_avg_sq_ptr + offs, avg_sq, mask=mask)
     delta = tl.zeros([BLOCK], dtype=tl.float32)
     at = offs
     for _ in range(n_tasks):
         tau = tl.load(tau_ptr + at, mask=mask, other=0.0).to(tl.float32)
         alpha = tl.load(alpha_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        avg = tl.load(exp_avg_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        avg_sq = tl.load(exp_avg_sq_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        alpha, avg, avg_sq = adam_value(
-            alpha,
-            g * tau,
-            avg,
-            avg_sq,
-            step_ptr,
-            scale,
-            root,
-            lr,
-            log_beta1,
-            log_beta2,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            eps,
-            STEP_ON_DEVICE,
-        )
+        alpha -= scale * tl.div_rn(tau * avg, tl.abs(tau) * deviation + eps)
         delta += alpha * tau
         tl.store(alpha_ptr + at, alpha, mask=mask)
-        tl.store(exp_avg_ptr + at, avg, mask=mask)
-        tl.store(exp_avg_sq_ptr + at, avg_sq, mask=mask)
         at += numel
     tl.store(delta_ptr + offs, delta, mask=mask)
 

@@ -217,7 +217,7 @@ def _coefficients(dtype):
     alpha, delta = _meta(8, 768, 768), _meta(768, 768)
     for step in (3, _meta(1, dtype=torch.int64)):
         coefficients.update_(
-            alpha, alpha, delta, alpha, alpha, delta, step, 1e-3, (0.9, 0.999), 1e-8
+            alpha, alpha, delta, delta, delta, delta, step, 1e-3, (0.9, 0.999), 1e-8
         )
 
 

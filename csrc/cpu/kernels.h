@@ -102,7 +102,8 @@ struct Kernels {
                      float beta2, float gain1, float gain2, float step_size, float root,
                      float eps, float decay, int threads);
 
-  // Adam on alpha [K, n] with gradient grad * tau_k, then delta = sum_k alpha_k tau_k.
+  // Adam on alpha [K, n] with gradient grad * tau_k, then delta = sum_k alpha_k tau_k. The moments
+  // [n] are those of grad: fda_fast/ops/coefficients.py.
   void (*coefficients_update)(int64_t K, int64_t n, float* alpha, const float* tau,
                               const float* grad, float* exp_avg, float* exp_avg_sq, float* delta,
                               float beta2, float gain1, float gain2, float step_size, float root,

@@ -36,18 +36,23 @@ static void coefficients_update(int64_t K, int64_t n, float* alpha, const float*
                                 float step_size, float root, float eps, int threads) {
   const Adam a{beta2, gain1, gain2, step_size, root, eps};
   parallel_for(ceil_div(n, kBlock), ceil_div(kGrain, K > 0 ? K : 1), threads, [=](int64_t block) {
-    alignas(64) float sum[kBlock];
+    alignas(64) float sum[kBlock], deviation[kBlock];
     const int64_t at = block * kBlock, len = at_most(kBlock, n - at);
     const float* __restrict__ gs = grad + at;
-    for (int64_t i = 0; i < len; ++i) sum[i] = 0.0f;
+    float* __restrict__ ms = exp_avg + at;
+    float* __restrict__ vs = exp_avg_sq + at;
+#pragma omp simd
+    for (int64_t i = 0; i < len; ++i) {
+      moments(a, gs[i], ms[i], vs[i]);
+      deviation[i] = square_root(vs[i]) / a.root;
+      sum[i] = 0.0f;
+    }
     for (int64_t k = 0; k < K; ++k) {
       float* __restrict__ as = alpha + k * n + at;
       const float* __restrict__ taus = tau + k * n + at;
-      float* __restrict__ ms = exp_avg + k * n + at;
-      float* __restrict__ vs = exp_avg_sq + k * n + at;
 #pragma omp simd
       for (int64_t i = 0; i < len; ++i) {
-        as[i] = adam(a, as[i], gs[i] * taus[i], ms[i], vs[i]);
+        as[i] = scaled_adam(a, as[i], taus[i], ms[i], deviation[i]);
         sum[i] += as[i] * taus[i];
       }
     }

@@ -11,7 +11,8 @@ for shape in ((1, 1), (3, 7), (2, 4096), (5, 1031)):
     history = torch.zeros(4, shape[0], device="cuda")
     for step in (1, torch.tensor(7, device="cuda")):
         adamw.step_(x, g, m, v, step, loss, best_loss, best, 1e-2, history=history, backend="cuda")
-        coefficients.update_(x, g, g[0].clone(), m, v, best[0].clone(), step, 1e-2, backend="cuda")
+        row = [one[0].clone() for one in (g, m, v, best)]
+        coefficients.update_(x, g, *row, step, 1e-2, backend="cuda")
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for rows, widths in ((1, (1,)), (3, (5, 7)), (70, (512, 1024)), (9, (4, 8, 12))):
         g, u, w = (torch.randn(2, rows, sum(widths), device="cuda").to(dtype) for _ in range(3))

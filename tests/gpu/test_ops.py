@@ -107,7 +107,7 @@ def test_optimisers(backend, device, real, on_device):
         x, m, v, best = new(start), new(start * 0), new(start * 0), new(start)
         best_loss = torch.full(shape[:1], torch.inf, device=place, dtype=dtype)
         history = torch.zeros((2, shape[0]), device=place, dtype=dtype)
-        alpha, avg, sq = new(tau * 0 + 1), new(tau * 0), new(tau * 0)
+        alpha, avg, sq = new(tau * 0 + 1), new(tau[0] * 0), new(tau[0] * 0)
         delta = new(tau[0])
         for count, (g, loss) in enumerate(zip(grads, losses, strict=True), 1):
             step = torch.tensor(count, device=place) if on_device else count

@@ -59,8 +59,8 @@ def test_adamw(shape, on_device, scale, normal):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 0), (3, 171), (2, 512), (2, 7, 147)])
 @pytest.mark.parametrize("on_device", [False, True], ids=["host step", "device step"])
 def test_coefficients(shape, on_device, normal):
-    start = {"alpha": normal(*shape), "m": torch.zeros(shape), "v": torch.zeros(shape)}
-    start |= {"delta": torch.full(shape[1:], torch.nan)}
+    start = {"alpha": normal(*shape), "delta": torch.full(shape[1:], torch.nan)}
+    start |= {"m": torch.zeros(shape[1:]), "v": torch.zeros(shape[1:])}
     tau, grads = normal(*shape), [normal(*shape[1:]) for _ in range(3)]
 
     def run(module, dtype):

@@ -11,7 +11,7 @@ from fda_fast.testing import GuardedView, assert_no_worse_than_torch
 class State:
     def __init__(self, alpha, tau, backend):
         self.tau, self.backend = tau, backend
-        zeros = torch.zeros_like(alpha)
+        zeros = torch.zeros_like(alpha[0])
         empty = torch.full_like(alpha[0], torch.nan)
         self.guards = [GuardedView(v) for v in (alpha, zeros, zeros, empty)]
         self.alpha, self.avg, self.avg_sq, self.delta = (g.tensor for g in self.guards)

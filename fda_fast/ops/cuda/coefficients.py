@@ -25,8 +25,8 @@ def update_(
         "alpha": (alpha, alpha.shape),
         "tau": (tau, alpha.shape),
         "grad": (grad, alpha.shape[1:]),
-        "exp_avg": (exp_avg, alpha.shape),
-        "exp_avg_sq": (exp_avg_sq, alpha.shape),
+        "exp_avg": (exp_avg, alpha.shape[1:]),
+        "exp_avg_sq": (exp_avg_sq, alpha.shape[1:]),
         "delta": (delta, alpha.shape[1:]),
     }
     launch(

@@ -24,7 +24,7 @@ def update_(
     shape = alpha.shape
     library().coefficients_update(
         shape[0], grad.numel(), address("alpha", alpha, shape), address("tau", tau, shape),
-        address("grad", grad, shape[1:]), address("exp_avg", exp_avg, shape),
-        address("exp_avg_sq", exp_avg_sq, shape), address("delta", delta, shape[1:]),
+        address("grad", grad, shape[1:]), address("exp_avg", exp_avg, shape[1:]),
+        address("exp_avg_sq", exp_avg_sq, shape[1:]), address("delta", delta, shape[1:]),
         *scalars(step, lr, betas, eps), threads(),
     )  # fmt: skip

@@ -52,17 +52,32 @@ def adam_(
     eps: float,
 ) -> None:
     """One update of torch.optim.Adam, in place, in torch's own order of operations."""
+    deviation, scale = moments_(grad, exp_avg, exp_avg_sq, step, lr, betas)
+    descend_(values, exp_avg, deviation.add_(eps), scale)
+
+
+def moments_(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int | Tensor,
+    lr: float,
+    betas: tuple[float, float],
+) -> tuple[Tensor, float | Tensor]:
+    """Update Adam's moments; the corrected root of the second, and lr over the first's correction.
+
+    A step held on the device is never read by the host: a captured graph replays it.
+    """
     beta1, beta2 = betas
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    if isinstance(step, Tensor):
-        # A step held on the device is never read by the host: a captured graph replays it.
-        count = step.to(torch.float64)
-        scale = lr / (1 - beta1**count)
-        root = (1 - beta2**count).sqrt()
-        denominator = exp_avg_sq.sqrt().div_(root).add_(eps)
-        values.sub_(exp_avg.div(denominator).mul_(scale))
-        return
-    root = (1 - beta2**step) ** 0.5
-    denominator = exp_avg_sq.sqrt().div_(root).add_(eps)
-    values.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    count = step.to(torch.float64) if isinstance(step, Tensor) else step
+    return exp_avg_sq.sqrt().div_((1 - beta2**count) ** 0.5), lr / (1 - beta1**count)
+
+
+def descend_(values: Tensor, above: Tensor, below: Tensor, scale: float | Tensor) -> None:
+    """Values less scale * above / below, in place."""
+    if isinstance(scale, Tensor):
+        values.sub_(above.div(below).mul_(scale))
+    else:
+        values.addcdiv_(above, below, value=-scale)

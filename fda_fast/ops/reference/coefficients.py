@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fda_fast.ops.reference.adamw import adam_
+from fda_fast.ops.reference.adamw import descend_, moments_
 
 
 def update_(
@@ -21,5 +21,6 @@ def update_(
     eps: float,
 ) -> None:
     """See fda_fast.ops.coefficients.update_."""
-    adam_(alpha, grad * tau, exp_avg, exp_avg_sq, step, lr, betas, eps)
+    deviation, scale = moments_(grad, exp_avg, exp_avg_sq, step, lr, betas)
+    descend_(alpha, tau * exp_avg, (tau.abs() * deviation).add_(eps), scale)
     torch.sum(alpha * tau, dim=0, out=delta)
