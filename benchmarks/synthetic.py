@@ -3,9 +3,9 @@
     python benchmarks/synthetic.py FOLDER --model llama-1b --experts 2
     python benchmarks/synthetic.py FOLDER --model path/to/config.json --layers 4 --dtype float32
 
-FOLDER receives base/, expert-1/, ... in sharded safetensors. A task vector is of low rank plus noise,
-as fine-tuning leaves them, and ``--ratio`` of the weights' norm. Tensors are drawn one at a time from
-seeds of their own names and written at once, so memory is that of the largest tensor.
+FOLDER receives base/, expert-1/, ... in sharded safetensors. A task vector is of low rank plus
+noise, as fine-tuning leaves them, and ``--ratio`` of the weights' norm. Tensors are drawn one at a
+time from seeds of their own names and written at once: memory is that of the largest tensor.
 """
 
 from __future__ import annotations
