@@ -129,6 +129,13 @@ def merge(
     keep_anchors: Annotated[
         bool, typer.Option("--keep-anchors", help="Leave the anchors in OUTPUT/anchors.")
     ] = False,
+    anchors_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--anchors-from",
+            help="Finished anchors to use; only those of experts missing there are constructed.",
+        ),
+    ] = None,
     restart: Restart = False,
     quiet: Quiet = False,
 ) -> None:
@@ -145,6 +152,7 @@ def merge(
         device=device,
         restart=restart,
         keep_anchors=keep_anchors,
+        anchors=anchors_from,
         progress=not quiet,
     )
     if not quiet:
