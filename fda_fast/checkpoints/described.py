@@ -50,7 +50,7 @@ class DescribedCheckpoint(Checkpoint):
         self.config, self.adapter = content, None
         self.notes: list[str] = []
         self.aliases: dict[str, str] = {}
-        self._files, self._loaded = {}, {}
+        self._files, self.modules = {}, {}
         self.names = MappingProxyType({})
         stored = _stored_dtype(content) if dtype is None else dtype
         self.names = MappingProxyType(_tensors(self, file, stored))

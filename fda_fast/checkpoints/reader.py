@@ -12,6 +12,7 @@ import torch
 
 from fda_fast.checkpoints import directory, legacy
 from fda_fast.checkpoints.headers import read_header
+from fda_fast.checkpoints.pickles import Record
 from fda_fast.checkpoints.tensorfile import TensorFile, TensorInfo
 from fda_fast.errors import InputError
 
@@ -39,6 +40,7 @@ class Checkpoint:
         config: config.json as a dict, None where there is none.
         adapter: adapter_config.json of a PEFT directory as a dict, None for a model.
         notes: what was found and accepted, one sentence each, without paths: reports hold them.
+        modules: {file: the pickled module} of files that hold one rather than a state dict.
         aliases: {name: the first name with the same bytes}: tied weights of a pickle.
     """
 
@@ -49,7 +51,7 @@ class Checkpoint:
         self.adapter: dict[str, Any] | None = contents.adapter
         self.notes: list[str] = []
         self._files: dict[Path, TensorFile] = {}
-        self._loaded: dict[str, torch.Tensor] = {}
+        self.modules: dict[Path, Record] = {}
         names: dict[str, TensorInfo] = {}
         for file in contents.files:
             found = self._open_file(file)
@@ -81,7 +83,7 @@ class Checkpoint:
             InputError: missing, damaged, truncated, quantised or dangerous; the message names the
                 file or tensor, what was expected, what was found and what to do.
 
-        Cost: reads headers, indices and config.json. A pickle of torch before 1.6 is read whole.
+        Cost: reads headers, indices, config.json and the pickles without their tensors.
         """
         path = Path(path).expanduser()
         return cls(path, role, directory.find(path, role))
@@ -110,17 +112,14 @@ class Checkpoint:
                 raise InputError(f"the {self.role} {self.path} has no tensor {name!r}")
             by_file[self.names[name].file].append(name)
         for path, group in by_file.items():
-            if group[0] in self._loaded:
-                found |= {name: self._loaded[name].clone() for name in group}
-                continue
             group.sort(key=lambda name: self.names[name].offset)
             tensors = self._files[path].read(self.names[name] for name in group)
             found |= dict(zip(group, tensors, strict=True))
         return {name: found[name] for name in wanted}
 
     def close(self) -> None:
-        """Drop what was kept in memory (only a pickle of torch before 1.6 keeps anything)."""
-        self._loaded.clear()
+        """Drop what is kept in memory: the records of pickled modules."""
+        self.modules.clear()
 
     @property
     def nbytes(self) -> int:
@@ -139,19 +138,9 @@ class Checkpoint:
                 expected="a safetensors file or a pickled state dict",
                 got=kind,
             )
-        infos, loaded = legacy.read_pickle(file)
-        self._loaded |= loaded
-        if loaded:
-            self.notes.append(
-                f"{path.name} of the {self.role} is in the format of torch before 1.6: held in "
-                "memory whole"
-            )
-        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-            self.notes.append(
-                f"{path.name} of the {self.role} is a pickle; torch below 2.10 has a known hole "
-                "in reading those safely (CVE-2026-24747): only read files from sources you "
-                "trust, or upgrade torch"
-            )
+        infos, module = legacy.read_pickle(file)
+        if module is not None:
+            self.modules[path] = module
         return infos
 
     def _apply_index(
@@ -178,8 +167,7 @@ class Checkpoint:
         first: dict[object, str] = {}
         aliases = {}
         for name, info in self.names.items():
-            place = self._loaded[name].data_ptr() if name in self._loaded else info.offset
-            key = (info.file, place, info.shape, info.stride, info.dtype)
+            key = (info.file, info.offset, info.shape, info.stride, info.dtype)
             if info.nbytes and first.setdefault(key, name) != name:
                 aliases[name] = first[key]
         return aliases

@@ -133,17 +133,11 @@ def test_pickle_with_code_is_not_run(tmp_path: Path, writer: str, nested: bool) 
     assert not witness.exists()
 
 
-def test_pickled_module_is_refused_by_class(tmp_path: Path) -> None:
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pt")
-    with pytest.raises(InputError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict"):
-        Checkpoint.open(tmp_path / "model.pt")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.zeros(1)], "got list"),
-        (torch.zeros(3), "got Tensor"),
+        ([torch.zeros(1)], "got a list"),
+        (torch.zeros(3), "got a Tensor"),
         ({}, "no tensor"),
         ({"epoch": 3}, "no tensor"),
         ({"a": torch.zeros(2), "b": 3}, "int under 'b'"),
@@ -176,7 +170,7 @@ def test_truncated_pickle(tmp_path: Path) -> None:
     for zipped in (True, False):
         torch.save({"a": torch.zeros(1000)}, path, _use_new_zipfile_serialization=zipped)
         os.truncate(path, path.stat().st_size // 2)
-        with pytest.raises(InputError, match="not an intact pickled state dict"):
+        with pytest.raises(InputError, match="not an intact pickled checkpoint"):
             Checkpoint.open(path)
 
 
