@@ -33,7 +33,7 @@ MODEL = {
     "attention_probs_dropout_prob": 0.0,
 }
 PRETRAIN = {"epochs": 5, "batch": 128, "lr": 1e-3, "weight_decay": 0.05}
-FINETUNE = {"epochs": 8, "batch": 64, "lr": 3e-4, "weight_decay": 0.01}
+FINETUNE = {"epochs": 10, "batch": 64, "lr": 1e-3, "weight_decay": 0.01}
 PROBE = {"steps": 300, "lr": 1e-2, "weight_decay": 1e-3}
 
 
