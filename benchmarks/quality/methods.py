@@ -53,7 +53,7 @@ def construct(
 
     Returns:
         (anchors, record): "seconds" of the processor over all layers; "loss", the mean of
-        1 - cosine over all tensors of all layers and tasks.
+        1 - cosine over all tensors of all layers and tasks; "steps" done, mean over layers.
     """
     settings = {**CONSTRUCT, "tokens": suite.tokens, **changed, "seed": seed}
     at = at or settings["steps"]
@@ -71,6 +71,7 @@ def construct(
     return anchors, {
         "seconds": round(share * sum(record["seconds"] for record in records), 2),
         "loss": sum(record["loss"][str(at)] for record in records) / len(records),
+        "steps": sum(record.get("steps", at) for record in records) / len(records),
     }
 
 
@@ -82,12 +83,19 @@ def _construct_layer(
     first = first_anchors(experts, index, settings)
     options = {k: v for k, v in settings.items() if k not in (*_INIT, "seed")}
     begun = time.process_time()
-    kept, history = trajectory(pretrained, experts, first, **options)
+    notes: dict[str, Any] = {}
+    if "patience" in options:  # the library's own stopping rule
+        found = fda_fast.construct(pretrained, experts, first, progress=False, **options)
+        kept, history = {settings["steps"]: found.anchors}, found.history
+        notes["steps"] = len(history)
+    else:
+        kept, history = trajectory(pretrained, experts, first, **options)
     seconds = round(time.process_time() - begun, 2)
     tensors = len(list(pretrained.parameters()))
+    history = torch.where(history.isnan(), torch.inf, history)
     loss = {str(s): history[:s].amin(0).mean().item() / tensors for s in kept}
     print(f"anchors of layer {index} {settings}: loss {loss}, {seconds} s", flush=True)
-    return {str(s): x for s, x in kept.items()}, {"seconds": seconds, "loss": loss}
+    return {str(s): x for s, x in kept.items()}, {"seconds": seconds, "loss": loss, **notes}
 
 
 def first_anchors(experts: Sequence[nn.Module], index: int, settings: dict[str, Any]) -> Tensor:
