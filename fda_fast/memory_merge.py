@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fda_fast.activations import check_extra_anchors
 from fda_fast.checkpoints.align import ExpertView, check_finite, match_expert
 from fda_fast.checkpoints.identity import check_differs
 from fda_fast.checkpoints.memory import (
@@ -36,8 +37,10 @@ from fda_fast.layerwork import LayerResult
 from fda_fast.pipeline import process_layer
 from fda_fast.progress import Display, display
 from fda_fast.references import locate
+from fda_fast.reuse import reuse_notes
 from fda_fast.settings import requested_scope, task_names
 from fda_fast.startpoint import merged_tensor
+from fda_fast.startscale import resolve_scale
 from fda_fast.work import WorkDirectory, file_name
 
 Weights = nn.Module | Mapping[str, Tensor]
@@ -128,6 +131,8 @@ def merge_in_memory(
         if job.settings.optimises:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fda-")))
             source = None if anchors_from is None else Path(anchors_from)
+            if source is not None:
+                job.notes += reuse_notes(job, source)
             layers = _layers(job, result, scratch, shown, source)
         _rest(job, result)
     seconds: dict[str, float] = {}
@@ -265,6 +270,12 @@ def _prepare(
             opened = expert_checkpoint(expert, base, names, role)
         views[name] = match_expert(base, opened, layout)
     job = assemble(config, base, views, layout, where)
+    if job.settings.adapt.snapshots:
+        raise InputError(
+            "epochs", expected="one number in memory", got=list(job.settings.adapt.snapshots)
+        )
+    if job.extra_anchors is not None:
+        check_extra_anchors(job.extra_anchors, job.experts, [s.name for s in job.layers])
     if job.settings.optimises:
         _check_layers_run(job)
     return job
@@ -272,7 +283,7 @@ def _prepare(
 
 def _check_layers_run(job: Job) -> None:
     """Run one layer of every class once: nothing is known of how a plain module calls them."""
-    for spec in {spec.kind: spec for spec in job.layers}.values():
+    for spec in {spec.kind: spec for spec in reversed(job.layers)}.values():
         stored = job.base.read(spec.tensors.values())
         layer = job.layout.build(spec, {n: stored[name] for n, name in spec.tensors.items()})
         shape = (2, *job.settings.construct.shape(spec.width)[1:])
@@ -295,12 +306,12 @@ def _layers(
     job: Job, result: _Result, scratch: Path, shown: Display, anchors: Path | None
 ) -> list[LayerResult]:
     work = _Scratch(scratch, result, tasks_per_batch(job))
-    mode = "merge" if anchors is None else "adapt"
+    work.path.mkdir()
+    resolve_scale(job, work)
     shown.start(len(job.layers), 0)
     results = []
     for index in range(len(job.layers)):
-        results.append(process_layer(job, work, index, shown, mode=mode, source=anchors))
-        shown.layer_done()
+        results.append(process_layer(job, work, index, shown, source=anchors))
     return results
 
 

@@ -231,7 +231,7 @@ class ModelLayout:
 
 def layer_paths(
     model: transformers.PreTrainedModel,
-    lists: dict[str, nn.ModuleList],
+    lists: Mapping[str, nn.ModuleList | nn.Sequential],
     scope: Scope,
     decoder: bool,
 ) -> tuple[list[tuple[str, str]], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -178,11 +179,14 @@ def expert_checkpoint(
             expected="the PeftModel that they belong to, or a model without them",
             fix="Give the PeftModel, or peft_model.merge_and_unload()",
         )
-    return _adapter(module, base, names, role) or MemoryCheckpoint(
-        cast(Any, copy.deepcopy(module)).merge_and_unload().state_dict(),
-        role,
-        source=type(module).__name__,
-        config=config_of(module.get_base_model()),
+    adapter = _adapter(module, base, names, role)
+    if adapter is not None:
+        return adapter
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that adapters are merged already, for instance
+        merged = cast(Any, copy.deepcopy(module)).merge_and_unload()
+    return MemoryCheckpoint(
+        merged.state_dict(), role, source=type(module).__name__, config=config_of(merged)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,15 +14,20 @@ _BULK = 0.05
 _MLP_NAME = re.compile(r"^(mlp|feed_forward|ffn|ff|dense_?relu_?dense)$", re.IGNORECASE)
 _MOE_CLASS = re.compile(r"Experts|MoE|Moe|Router")
 
+Layers = nn.ModuleList | nn.Sequential
 
-def repeated_layers(model: nn.Module) -> dict[str, nn.ModuleList]:
+
+def repeated_layers(model: nn.Module) -> dict[str, Layers]:
     """The lists of layers that hold the bulk of a model's parameters, by path.
 
     A list counts when its modules are of one class. The outermost such lists are taken, except
     that a list of stages (alike in class, not in shape, with such lists inside that hold most of
-    it) gives way to those inside: a CLIP model has two lists, a Swin model one per stage.
+    it) gives way to those inside: a CLIP model has two lists, a Swin model one per stage. Only a
+    model without any list, as those of timm, has its layers in an ``nn.Sequential``.
     """
-    found = dict(_lists(model, ""))
+    found: dict[str, Layers] = dict(_lists(model, "", nn.ModuleList))
+    if not found:
+        found = dict(_lists(model, "", nn.Sequential))
     total = sum(map(_numel, found.values()))
     return {path: layers for path, layers in found.items() if _numel(layers) >= _BULK * total}
 
@@ -50,21 +56,21 @@ def input_width(layer: nn.Module) -> int:
     return 0
 
 
-def _lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleList]]:
+def _lists(module: nn.Module, path: str, kind: type[Any]) -> Iterator[tuple[str, Layers]]:
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
-        if isinstance(child, nn.ModuleList) and _alike(child) and _numel(child):
-            nested = dict(_lists(child, inner))
+        if isinstance(child, kind) and _alike(child) and _numel(child):
+            nested = dict(_lists(child, inner, kind))
             stages = len({_shapes(layer) for layer in child}) > 1
             if stages and 2 * sum(map(_numel, nested.values())) > _numel(child):
                 yield from nested.items()
             else:
                 yield inner, child
         else:
-            yield from _lists(child, inner)
+            yield from _lists(child, inner, kind)
 
 
-def _alike(layers: nn.ModuleList) -> bool:
+def _alike(layers: Layers) -> bool:
     return len({type(layer) for layer in layers}) == 1
 
 
