@@ -33,7 +33,8 @@ class Report:
     Attributes:
         output: the folder written.
         layers: results per layer: losses and cosines by task, adaptation loss, times.
-        seconds: time by phase in this run: read, construct, start, adapt, save, write, total.
+        seconds: time by phase in this run: read, construct, start, adapt, save, write, total;
+            reading and saving go on beside the rest, and "wait" is what was waited for them.
         notes: what the user should know.
         settings: every setting, after presets.
     """
@@ -234,7 +235,7 @@ def run(
             resolve_scale(job, work)
             for note in job.notes:
                 shown.note(note)
-            layers = _layers(job, work, shown, mode, anchors)
+            layers, waited = _layers(job, work, shown, mode, anchors)
             writing = time.monotonic()
             if mode == "construct":
                 publish_anchors(work, target)
@@ -243,7 +244,7 @@ def run(
                 write_models(
                     job, work, target, layers, display=shown, keep_anchors=keep_anchors, kept=kept
                 )
-            seconds = _total(layers)
+            seconds = _total(layers) | {"wait": waited}
             seconds["write"] = time.monotonic() - writing
             work.remove()
     finally:
@@ -254,22 +255,19 @@ def run(
 
 def _layers(
     job: Job, work: WorkDirectory, shown: Display, mode: Mode, anchors: Path | None
-) -> list[LayerResult]:
+) -> tuple[list[LayerResult], float]:
     from fda_fast.output import keeps_layers
-    from fda_fast.pipeline import process_layer
+    from fda_fast.pipeline import process_layers
 
-    finished = sum(work.is_finished(spec.name) for spec in job.layers)
-    shown.start(len(job.layers), finished)
-    results = []
+    if not keeps_layers(job):
+        return [LayerResult(spec.name) for spec in job.layers], 0.0
+    pending = [i for i, spec in enumerate(job.layers) if not work.is_finished(spec.name)]
+    shown.start(len(job.layers), len(job.layers) - len(pending))
+    done, waited = process_layers(job, work, pending, shown, mode=mode, source=anchors)
     for index, spec in enumerate(job.layers):
-        if not keeps_layers(job):
-            results.append(LayerResult(spec.name))
-            continue
-        result = process_layer(job, work, index, shown, mode=mode, source=anchors)
-        if result.seconds:
-            shown.layer_done()
-        results.append(result)
-    return results
+        if index not in done:
+            done[index] = LayerResult.from_record(work.load_record(spec.name))
+    return [done[index] for index in range(len(job.layers))], waited
 
 
 def _total(layers: list[LayerResult]) -> dict[str, float]:

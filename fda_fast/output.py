@@ -23,6 +23,7 @@ from fda_fast.layerwork import LayerResult
 from fda_fast.lora import LoraWriter
 from fda_fast.progress import Display
 from fda_fast.startpoint import merged_tensor
+from fda_fast.stream import overlapped
 from fda_fast.work import WorkDirectory, file_name
 
 REPORT = "fda_report.json"
@@ -87,6 +88,7 @@ def write_models(
     display: Display,
     keep_anchors: bool = False,
     kept: Sequence[Path] = (),
+    overlap: bool = True,
 ) -> None:
     """Write the merged checkpoint, or one for each number of epochs asked for.
 
@@ -101,6 +103,7 @@ def write_models(
         display: shows how many tensors are written.
         keep_anchors: copy the anchors to ``target/anchors``.
         kept: folders of anchors that were used beside those in ``work``.
+        overlap: as ``write_model``.
 
     Raises:
         InputError, OSError: as ``write_model``.
@@ -108,7 +111,7 @@ def write_models(
     snapshots = job.settings.adapt.snapshots if job.settings.optimises else ()
     folders = [*kept, work.path / "anchors"] if keep_anchors and job.settings.optimises else []
     if not snapshots:
-        write_model(job, work, target, layers, display=display, anchors=folders)
+        write_model(job, work, target, layers, display=display, anchors=folders, overlap=overlap)
         return
     building = work.path / "output"
     shutil.rmtree(building, ignore_errors=True)
@@ -120,6 +123,7 @@ def write_models(
             [layer.at(epochs) for layer in layers],
             display=display,
             snapshot=epochs,
+            overlap=overlap,
         )
     _copy_anchors(folders, building, job)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +166,7 @@ def write_model(
     display: Display,
     anchors: Sequence[Path] = (),
     snapshot: int | None = None,
+    overlap: bool = True,
 ) -> None:
     """Write the merged checkpoint; it appears complete or not at all.
 
@@ -173,6 +178,7 @@ def write_model(
         display: shows how many tensors are written.
         anchors: folders to copy the anchors to ``target/anchors`` from.
         snapshot: take the layers as they were after so many epochs.
+        overlap: read the next tensor and write the last one meanwhile.
 
     Raises:
         InputError: NaN or Inf outside the layers; values that the written dtype cannot hold.
@@ -186,12 +192,20 @@ def write_model(
         adapter = LoraWriter(job.layout, job.config.out_lora.rank)
     with MergedWriter(target, job.layout, dtype=written_dtype(job), scratch=scratch) as writer:
         display.begin("write", target.name, len(layers) - 1, len(writer.names), [])
-        for done, name in enumerate(writer.names):
-            tensor = _final(job, work, name, owner.get(name), snapshot)
-            writer.add(name, tensor)
+
+        def use(done: int, tensor: Tensor) -> Tensor:
             if adapter is not None:
-                adapter.add(name, tensor)
+                adapter.add(writer.names[done], tensor)
             display.on_tensor(done + 1)
+            return tensor
+
+        overlapped(
+            range(len(writer.names)),
+            lambda i: _final(job, work, writer.names[i], owner.get(writer.names[i]), snapshot),
+            use,
+            lambda i, tensor: writer.add(writer.names[i], tensor),
+            overlap=overlap,
+        )
         report: dict[str, Any] = {"settings": job.settings.as_dict(), "notes": job.notes}
         report |= job.records
         if adapter is not None:

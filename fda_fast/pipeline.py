@@ -1,9 +1,9 @@
-"""The layers of a merge one after the other: read, construct, adapt, save, free."""
+"""The layers of a merge one after the other: read, construct, adapt, save, free; overlapping."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -24,13 +24,24 @@ from fda_fast.layerwork import (
     construct_layer,
     is_unchanged,
 )
+from fda_fast.ops import memory
 from fda_fast.progress import Display
-from fda_fast.startpoint import adaptation_start, merged_tensor
+from fda_fast.startpoint import StoredDeltas, adaptation_start, merged_tensors, read_deltas
+from fda_fast.stream import overlapped
+from fda_fast.upload import Uploader
 from fda_fast.work import WorkDirectory, file_name, snapshot_key
 
 
-def read_layer(job: Job, index: int) -> LayerInput:
+def read_layer(
+    job: Job, index: int, tasks: Collection[str] | None = None, uploader: Uploader | None = None
+) -> LayerInput:
     """One layer of the base and of every expert, each byte read once, checked and placed.
+
+    Args:
+        job: the merge.
+        index: of the layer.
+        tasks: the experts to read; all of them by default.
+        uploader: what copies layers to the device; one is made if need be.
 
     Raises:
         InputError: NaN or Inf, by tensor name.
@@ -40,16 +51,25 @@ def read_layer(job: Job, index: int) -> LayerInput:
     base = job.base.read(stored)
     for name, tensor in base.items():
         check_finite(name, tensor, job.base.role)
-    pretrained = job.layout.build(spec, _local(spec, base)).to(job.device)
+    pretrained = job.layout.build(spec, _local(spec, base))
     finetuned = {}
     for task, view in job.experts.items():
-        tensors = view.read(stored, pretrained=base)
-        finetuned[task] = job.layout.build(spec, _local(spec, tensors)).to(job.device)
+        if tasks is None or task in tasks:
+            tensors = view.read(stored, pretrained=base)
+            finetuned[task] = job.layout.build(spec, _local(spec, tensors))
+    del base
     unchanged = {task for task, layer in finetuned.items() if is_unchanged(pretrained, layer)}
     hashes = {"": hash_tensors(dict(pretrained.named_parameters()))}
     hashes |= {task: hash_tensors(dict(m.named_parameters())) for task, m in finetuned.items()}
+    place = (uploader or Uploader(job.device)).upload
     return LayerInput(
-        spec.name, index, spec.width, pretrained, finetuned, frozenset(unchanged), hashes
+        spec.name,
+        index,
+        spec.width,
+        place(pretrained),
+        {task: place(layer) for task, layer in finetuned.items()},
+        frozenset(unchanged),
+        hashes,
     )
 
 
@@ -69,37 +89,88 @@ def process_layer(
     """Bring one layer to its end, or take it as an earlier run left it.
 
     Args:
-        job: the merge.
-        work: where finished work is.
+        job, work, display, mode, source: as ``process_layers``.
         index: of the layer.
+    """
+    spec = job.layers[index]
+    if not work.is_finished(spec.name):
+        done, _ = process_layers(
+            job, work, [index], display, mode=mode, source=source, overlap=False
+        )
+        return done[index]
+    return LayerResult.from_record(work.load_record(spec.name))
+
+
+def process_layers(
+    job: Job,
+    work: WorkDirectory,
+    indices: Sequence[int],
+    display: Display,
+    *,
+    mode: str = "merge",
+    source: Path | None = None,
+    overlap: bool = True,
+) -> tuple[dict[int, LayerResult], float]:
+    """Bring layers to their end: the next one is read and the last one saved meanwhile.
+
+    Args:
+        job: the merge.
+        work: where finished work is and goes.
+        indices: of layers that are not finished, in order.
         display: shows progress.
         mode: "merge", "construct" to stop after the anchors, or "adapt" to take all of them
             from ``source``.
         source: folder of finished anchors to use; with "merge" those missing there are
             constructed.
+        overlap: False reads, computes and saves one after the other, in less memory.
+
+    Returns:
+        Results by index, and the seconds that computing stood still for reading and saving.
+
+    Memory: with overlap two layers of all models, else one; in float32.
     """
-    spec = job.layers[index]
-    if work.is_finished(spec.name):
-        return LayerResult.from_record(work.load_record(spec.name))
-    result = LayerResult(spec.name)
-    tensors: Mapping[str, Tensor]
-    if job.settings.optimises:
+    uploader = Uploader(job.device)
+    results = {index: LayerResult(job.layers[index].name) for index in indices}
+
+    def read(index: int) -> LayerInput | StoredDeltas:
         begun = time.monotonic()
-        inputs = read_layer(job, index)
-        result.seconds["read"] = time.monotonic() - begun
-        try:
-            tensors = _optimise(job, work, inputs, display, mode, source, result)
-        except RuntimeError as error:
-            error.add_note(f"(layer {spec.name})")
-            raise
-    else:
+        found: LayerInput | StoredDeltas
+        if job.settings.optimises:
+            found = read_layer(job, index, uploader=uploader)
+        else:
+            found = read_deltas(job, list(job.layers[index].parameters.values()))
+        results[index].seconds["read"] = time.monotonic() - begun
+        return found
+
+    def compute(index: int, inputs: LayerInput | StoredDeltas) -> Mapping[str, Tensor]:
+        name, result = job.layers[index].name, results[index]
+        tensors: Mapping[str, Tensor]
+        if isinstance(inputs, StoredDeltas):
+            display.begin("start", name, index, 1, list(job.experts))
+            begun = time.monotonic()
+            tensors = merged_tensors(job, inputs)
+            result.seconds["start"] = time.monotonic() - begun
+            display.end()
+        else:
+            for layer in (inputs.pretrained, *inputs.finetuned.values()):
+                uploader.take_over(layer)
+            try:
+                tensors = _optimise(job, work, inputs, display, mode, source, result)
+            except RuntimeError as error:
+                error.add_note(f"(layer {name})")
+                raise
+        memory.trim()  # the next layer may be of other shapes
+        display.layer_done()
+        return tensors
+
+    def save(index: int, tensors: Mapping[str, Tensor]) -> None:
         begun = time.monotonic()
-        tensors = {name: merged_tensor(job, name) for name in spec.parameters.values()}
-        result.seconds["start"] = time.monotonic() - begun
-    begun = time.monotonic()
-    work.save_layer(spec.name, tensors, result.as_record())
-    result.seconds["save"] = time.monotonic() - begun
-    return result
+        result = results[index]
+        work.save_layer(result.layer, tensors, result.as_record())
+        result.seconds["save"] = time.monotonic() - begun
+
+    waited = overlapped(indices, read, compute, save, overlap=overlap)
+    return results, waited
 
 
 def _optimise(

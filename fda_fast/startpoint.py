@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +15,55 @@ from fda_fast.layerwork import LayerInput
 from fda_fast.starting import merge_tensor
 
 
-def merged_tensor(job: Job, name: str) -> Tensor:
-    """One tensor of the base merged by the starting point, read from the checkpoints.
+@dataclass(frozen=True)
+class StoredDeltas:
+    """Tensors of the base with the task vectors of every expert, read and checked.
 
-    Args:
-        job: the merge; its start is not "pretrained".
-        name: in the base.
+    Attributes:
+        pretrained: {name in the base: tensor as stored}.
+        deltas: {name: task vectors [K tensors], float32}; none of tensors that are not floating.
+    """
 
-    Returns:
-        [*s] on the CPU: float32, or as stored if it is no floating-point tensor.
+    pretrained: Mapping[str, Tensor]
+    deltas: Mapping[str, list[Tensor]]
+
+
+def read_deltas(job: Job, names: Sequence[str]) -> StoredDeltas:
+    """Tensors of the base and their task vectors, each byte read once.
 
     Raises:
         InputError: NaN or Inf, by tensor name.
     """
-    base = job.base.read([name])
-    pretrained = base[name]
-    check_finite(name, pretrained, job.base.role)
-    if not pretrained.is_floating_point():
-        return pretrained
-    deltas = [
-        view.task_vectors([name], pretrained=base)[name].to(job.device)
-        for view in job.experts.values()
-    ]
-    return _merge(job, name, pretrained.float().to(job.device), deltas).cpu()
+    base = job.base.read(names)
+    for name, tensor in base.items():
+        check_finite(name, tensor, job.base.role)
+    floating = [name for name in names if base[name].is_floating_point()]
+    vectors = [view.task_vectors(floating, pretrained=base) for view in job.experts.values()]
+    return StoredDeltas(base, {name: [found[name] for found in vectors] for name in floating})
+
+
+def merged_tensors(job: Job, stored: StoredDeltas) -> dict[str, Tensor]:
+    """Tensors merged by the starting point.
+
+    Args:
+        job: the merge; its start is not "pretrained".
+        stored: from ``read_deltas``.
+
+    Returns:
+        {name in the base: [*s] on the CPU}, float32, or as stored if not of floating point.
+    """
+    merged = {}
+    for name, tensor in stored.pretrained.items():
+        if name in stored.deltas:
+            deltas = [delta.to(job.device) for delta in stored.deltas[name]]
+            tensor = _merge(job, name, tensor.float().to(job.device), deltas).cpu()
+        merged[name] = tensor
+    return merged
+
+
+def merged_tensor(job: Job, name: str) -> Tensor:
+    """One tensor of the base read and merged: see ``read_deltas`` and ``merged_tensors``."""
+    return merged_tensors(job, read_deltas(job, [name]))[name]
 
 
 def _merge(job: Job, name: str, pretrained: Tensor, deltas: list[Tensor]) -> Tensor:
