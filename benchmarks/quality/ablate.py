@@ -23,6 +23,7 @@ from common import RESULTS, cpu_model, slug, write_json
 from run import STARTS, Runner, load_suite
 from suite import mean
 from trajectory import KEPT
+from vision import VisionSuite
 
 STEPS = 200
 """Steps of construction wherever steps are not what is varied."""
@@ -45,7 +46,7 @@ ABLATIONS: dict[str, list[Variant]] = {
         Variant(f"{init} {step if step > 1 else 0}", {"init": init}, at=step)
         for init in ("weights", "gaussian")
         for step in KEPT
-        if step <= methods.CONSTRUCT["steps"]
+        if step <= VisionSuite.steps
     ],
     "anchors": [Variant(str(n), {"anchors": n}) for n in (8, 16, 32, 64, 128)],
     "tokens": [Variant(str(tokens), {"tokens": tokens}) for tokens in (1, 2, 4, 6, 12)],
@@ -75,10 +76,10 @@ ABLATIONS: dict[str, list[Variant]] = {
         Variant("no decay", {"weight_decay": 0.0}),
     ],
     "patience": [
-        Variant("none, 1200 steps", at=methods.CONSTRUCT["steps"]),
+        Variant("none, 1200 steps", at=VisionSuite.steps),
         *(
             Variant(f"{patience}, {tolerance:g}", {"patience": patience, "tolerance": tolerance},
-                    at=methods.CONSTRUCT["steps"])
+                    at=VisionSuite.steps)
             for patience, tolerance in ((20, 1e-2), (50, 1e-2), (50, 1e-3))
         ),
     ],
@@ -117,13 +118,13 @@ class Ablation:
             for start in ("pretrained", "task_arithmetic"):
                 settings = {**self.tuned[start], **variant.adapt, "seed": seed}
                 unit = self.runner.fda(start, anchors, source, settings)
-                found[start].append(mean(unit["test"]))
+                found[start].append(mean(unit["scores"]))
         return row | {key: values for key, values in found.items() if values}
 
     def _anchors(self, variant: Variant, seed: int) -> tuple[Any, dict[str, Any]]:
         """The suite's own trajectory where nothing of it changes, else a shorter one."""
         whole = not (variant.construct.keys() - {"init"})
-        steps = methods.CONSTRUCT["steps"] if whole else variant.at
+        steps = VisionSuite.steps if whole else variant.at
         changed = {**variant.construct, "steps": steps}
         return methods.construct(self.runner.suite, seed, at=variant.at, **changed)
 

@@ -9,15 +9,13 @@ from typing import Any
 import stored
 import torch
 from regmean import regmean
-from suite import LayerWeights, Scores, Suite, mean
+from suite import LayerWeights, Suite
 from torch import Tensor, nn
 from trajectory import trajectory
 
 import fda_fast
 from fda_fast.starting import Method, merge_tensor
 
-CONSTRUCT: dict[str, Any] = {"init": "weights", "anchors": 64, "steps": 1200}
-"""As published; tokens are the suite's."""
 _INIT = ("init", "anchors", "tokens", "scale")
 
 
@@ -39,6 +37,16 @@ def starting_point(suite: Suite, method: Method, **settings: Any) -> LayerWeight
     return merged
 
 
+def defaults(suite: Suite) -> dict[str, Any]:
+    """The suite's settings of construction."""
+    return {
+        "init": "weights",
+        "anchors": suite.anchors,
+        "tokens": suite.tokens,
+        "steps": suite.steps,
+    }
+
+
 def construct(
     suite: Suite, seed: int, *, at: int | None = None, **changed: Any
 ) -> tuple[list[Tensor], dict[str, Any]]:
@@ -48,14 +56,15 @@ def construct(
         suite: whose layers and experts.
         seed: of the initialisation.
         at: the anchors after this many steps, one of ``trajectory.KEPT``; default: all.
-        changed: ``CONSTRUCT`` with changes; "init", "anchors", "tokens" and "scale" are of
-            ``init_anchors``, the rest of ``trajectory``.
+        changed: changes to the suite's settings; "init", "anchors", "tokens" and "scale" are of
+            ``init_anchors``, the rest of ``trajectory`` (of ``fda_fast.construct`` with
+            "patience").
 
     Returns:
         (anchors, record): "seconds" of the processor over all layers; "loss", the mean of
         1 - cosine over all tensors of all layers and tasks; "steps" done, mean over layers.
     """
-    settings = {**CONSTRUCT, "tokens": suite.tokens, **changed, "seed": seed}
+    settings = {**defaults(suite), **changed, "seed": seed}
     at = at or settings["steps"]
     anchors, records = [], []
     for index in range(suite.depth):
@@ -172,14 +181,3 @@ def real_inputs(suite: Suite, count: int) -> list[list[Tensor]]:
         [suite.real_inputs(task, index, count) for task in suite.tasks]
         for index in range(suite.depth)
     ]
-
-
-def evaluate(suite: Suite, layers: LayerWeights) -> dict[str, Scores]:
-    """Validation and test accuracy of a merged model."""
-    model = suite.assemble(layers)
-    return {split: suite.score(model, split) for split in ("validation", "test")}
-
-
-def best(candidates: dict[str, dict[str, Scores]]) -> str:
-    """The name of the candidate with the highest mean accuracy on the validation split."""
-    return max(candidates, key=lambda name: mean(candidates[name]["validation"]))

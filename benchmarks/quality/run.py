@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import methods
@@ -34,48 +34,39 @@ STARTS = {
 SCALINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
 WUDI_RATES = (1e-5, 1e-4, 1e-3)
 OFF_DIAGONALS = (0.5, 0.9, 1.0)
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "pretrained": {"distance": "cosine", "lr": 1e-5, "epochs": 100, "batch_size": 128},
-    "task_arithmetic": {"distance": "cosine", "lr": 1e-2, "epochs": 100, "batch_size": 128},
-    "tsv": {"distance": "cosine", "lr": 1e-2, "epochs": 100, "batch_size": 128},
-    "wudi": {"distance": "cosine", "lr": 1e-2, "epochs": 25, "batch_size": 512},
-}
-"""Adaptation of the paper's ViTs, appendix C.3."""
-RATES = {"pretrained": (1e-5, 1e-4, 3e-4, 1e-3), "coefficients": (1e-3, 1e-2)}
-EPOCHS = {"pretrained": (25, 100), "coefficients": (5, 25, 100)}
-DISTANCES = ("cosine", "l2")
-
 Unit = dict[str, Any]
-"""What one merge gave: "validation" and "test" accuracies by task, and "seconds"."""
+"""What one merge gave: "scores", accuracies by task, and "seconds" of the processor."""
 
 
 class Runner:
     """Runs and stores the units of one suite."""
 
-    def __init__(self, suite: Suite, *, construct: dict[str, Any] | None = None) -> None:
+    def __init__(self, suite: Suite) -> None:
         self.suite = suite
-        self.construct = construct or {}
         self.key = methods.fingerprint(suite)
         self.starts: dict[str, LayerWeights] = {}
         self.chosen: dict[str, Any] = {}
 
-    def unit(self, name: str, settings: dict[str, Any], make: Callable[[], LayerWeights]) -> Unit:
-        """Scores of a merge, stored under its settings."""
+    def unit(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        make: Callable[[], LayerWeights],
+        split: str = "test",
+    ) -> Unit:
+        """Accuracies of a merge on one split, stored under its settings."""
 
         def work() -> Unit:
             begun = time.process_time()
             layers = make()
             seconds = time.process_time() - begun
-            found = {**methods.evaluate(self.suite, layers), "seconds": round(seconds, 2)}
-            print(
-                f"{name} {settings}: validation {mean(found['validation']):.2f} "
-                f"test {mean(found['test']):.2f} in {seconds:.1f} s",
-                flush=True,
-            )
-            return found
+            scores = self.suite.score(self.suite.assemble(layers), split)
+            print(f"{name} {settings}: {split} {mean(scores):.2f}, {seconds:.1f} s", flush=True)
+            return {"scores": scores, "seconds": round(seconds, 2)}
 
         where = stored.folder(self.suite.name) / "scores"
-        return stored.values(where, name, {**settings, "suite": self.key}, work)
+        key = {**settings, "suite": self.key, "split": split}
+        return stored.values(where, name, key, work)
 
     def sweep_start(self, method: Any) -> Unit:
         """A starting point at its best settings; keeps its layers for FDA."""
@@ -85,19 +76,29 @@ class Runner:
             one = {"scaling": scaling} | ({"lr": lr} if lr else {})
             name = f"{scaling} {lr}"
             settings[name] = one
-            candidates[name] = self.unit(
-                method, one, lambda one=one: methods.starting_point(self.suite, method, **one)
-            )
-        chosen = methods.best(candidates)
-        self.chosen[method] = settings[chosen]
-        self.starts[method] = methods.starting_point(self.suite, method, **settings[chosen])
-        return candidates[chosen]
+            candidates[name] = self.start(method, one, "validation")
+        chosen = self.chosen[method] = settings[best(candidates)]
+        self.starts[method] = methods.starting_point(self.suite, method, **chosen)
+        return self.start(method, chosen)
+
+    def start(self, method: Any, settings: dict[str, Any], split: str = "test") -> Unit:
+        return self.unit(
+            method,
+            settings,
+            lambda: methods.starting_point(self.suite, method, **settings),
+            split,
+        )
 
     def anchors(self, init: str, seed: int) -> tuple[Sequence[Any], dict[str, Any]]:
-        return methods.construct(self.suite, seed, **{**self.construct, "init": init})
+        return methods.construct(self.suite, seed, init=init)
 
     def fda(
-        self, start: str, anchors: Sequence[Any], source: dict[str, Any], settings: dict[str, Any]
+        self,
+        start: str,
+        anchors: Sequence[Any],
+        source: dict[str, Any],
+        settings: Mapping[str, Any],
+        split: str = "test",
     ) -> Unit:
         """Adaptation from a start; ``source`` names the anchors."""
         more: dict[str, Any] = {}
@@ -110,23 +111,36 @@ class Runner:
 
     def tune_fda(self, start: str, anchors: Sequence[Any], source: dict[str, Any]) -> Any:
         """Adaptation settings with the best validation accuracy."""
-        mode = "pretrained" if start == "pretrained" else "coefficients"
+        grid = self.suite.grid
+        free = grid.weights if start == "pretrained" else grid.coefficients
         candidates, settings = {}, {}
-        for distance, lr, epochs in itertools.product(DISTANCES, RATES[mode], EPOCHS[mode]):
+        for distance, lr, epochs in itertools.product(grid.distances, *free):
             name = f"{distance} {lr} {epochs}"
             settings[name] = {"distance": distance, "lr": lr, "epochs": epochs}
-            candidates[name] = self.fda(start, anchors, source, {**settings[name], "seed": 0})
-        return settings[methods.best(candidates)]
+            one = {**settings[name], "seed": 0}
+            candidates[name] = self.fda(start, anchors, source, one, "validation")
+        return settings[best(candidates)]
 
-    def regmean(self, inputs: Sequence[Any], source: dict[str, Any], off_diagonal: float) -> Unit:
+    def regmean(
+        self,
+        inputs: Sequence[Any],
+        source: dict[str, Any],
+        off_diagonal: float,
+        split: str = "test",
+    ) -> Unit:
         key = {"anchors": source, "off_diagonal": off_diagonal}
         return self.unit(
-            "regmean", key, lambda: methods.regmean_of(self.suite, inputs, off_diagonal)
+            "regmean", key, lambda: methods.regmean_of(self.suite, inputs, off_diagonal), split
         )
 
     def tune_regmean(self, inputs: Sequence[Any], source: dict[str, Any]) -> float:
-        found = {str(f): self.regmean(inputs, source, f) for f in OFF_DIAGONALS}
-        return float(methods.best(found))
+        found = {str(f): self.regmean(inputs, source, f, "validation") for f in OFF_DIAGONALS}
+        return float(best(found))
+
+
+def best(candidates: Mapping[str, Unit]) -> str:
+    """The name of the candidate with the highest average accuracy."""
+    return max(candidates, key=lambda name: mean(candidates[name]["scores"]))
 
 
 def run(runner: Runner, seeds: int) -> list[dict[str, Any]]:
@@ -138,8 +152,7 @@ def run(runner: Runner, seeds: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "method": method,
-                "test": {t: [u["test"][t] for u in units] for t in suite.tasks},
-                "validation": {t: [u["validation"][t] for u in units] for t in suite.tasks},
+                "scores": {t: [u["scores"][t] for u in units] for t in suite.tasks},
                 "seconds": [u["seconds"] for u in units],
                 **more,
             }
@@ -147,21 +160,21 @@ def run(runner: Runner, seeds: int) -> list[dict[str, Any]]:
 
     untouched = [methods.parameters(layer) for layer in suite.layers(suite.pretrained)]
     add("pretrained", [runner.unit("pretrained", {}, lambda: untouched)])
-    experts = {split: suite.score_experts(split) for split in ("validation", "test")}
-    add("individual experts", [{**experts, "seconds": 0.0}])
+    add("individual experts", [{"scores": suite.score_experts("test"), "seconds": 0.0}])
     for method in ("task_arithmetic", "tsv", "wudi"):
         add(STARTS[method], [runner.sweep_start(method)], settings=runner.chosen[method])
 
     first, _ = runner.anchors("weights", 0)
-    source = {**runner.construct, "init": "weights", "seed": 0}
+    source = {"init": "weights", "seed": 0}
     tuned = {start: runner.tune_fda(start, first, source) for start in STARTS}
     off_diagonal = runner.tune_regmean(first, source)
     for init in ("weights", "gaussian"):
         made = {seed: runner.anchors(init, seed) for seed in range(seeds)}
         cost = [made[seed][1]["seconds"] for seed in made]
-        sources = {seed: {**runner.construct, "init": init, "seed": seed} for seed in made}
+        sources = {seed: {"init": init, "seed": seed} for seed in made}
         for start, label in STARTS.items():
-            for which, settings in (("tuned", tuned[start]), ("published", PUBLISHED[start])):
+            kinds = {"tuned": tuned[start], "published": suite.grid.published[start]}
+            for which, settings in kinds.items():
                 units = [
                     runner.fda(start, made[s][0], sources[s], {**settings, "seed": s}) for s in made
                 ]
@@ -176,7 +189,7 @@ def run(runner: Runner, seeds: int) -> list[dict[str, Any]]:
 
 def with_data(runner: Runner, add: Callable[..., None]) -> None:
     """What the same adaptation reaches on real activations: a bound that needs data."""
-    count = runner.construct.get("anchors", methods.CONSTRUCT["anchors"])
+    count = runner.suite.anchors
     real = methods.real_inputs(runner.suite, count)
     source = {"init": "real activations", "anchors": count}
     for start, label in STARTS.items():
@@ -204,18 +217,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=("vision", "text"))
     parser.add_argument("--seeds", type=int, default=3, help="of construction and adaptation")
-    parser.add_argument("--steps", type=int, help="of construction; default: the published 1200")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     suite = load_suite(args.suite)
-    runner = Runner(suite, construct={"steps": args.steps} if args.steps else None)
-    rows = run(runner, args.seeds)
+    rows = run(Runner(suite), args.seeds)
     payload = {
         "suite": suite.name,
         "tasks": suite.tasks,
         "seeds": args.seeds,
-        "construct": {**methods.CONSTRUCT, "tokens": suite.tokens, **runner.construct},
+        "construct": methods.defaults(suite),
         "training": suite.record,
         "rows": rows,
     }

@@ -6,13 +6,47 @@ import copy
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fda_fast.presets import STARTS, get_preset
+
 Scores = dict[str, float]
 LayerWeights = Sequence[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings of adaptation to choose from on the validation split, and the published ones.
+
+    Attributes:
+        distances: of layer outputs.
+        weights: (rates, epochs) from the pretrained model, all weights free (Eq. 5).
+        coefficients: (rates, epochs) from a merged model, coefficients free (Eq. 6).
+        published: start -> the paper's settings for this kind of model.
+    """
+
+    distances: tuple[str, ...]
+    weights: tuple[tuple[float, ...], tuple[int, ...]]
+    coefficients: tuple[tuple[float, ...], tuple[int, ...]]
+    published: Mapping[str, Mapping[str, Any]]
+
+
+def published(preset: str) -> dict[str, dict[str, Any]]:
+    """The paper's adaptation settings (appendix C.3), by start."""
+    found = {}
+    for start in STARTS:
+        settings = get_preset(preset).adapt(start)
+        found[start] = {
+            "distance": settings.distance,
+            "lr": settings.lr,
+            "epochs": settings.epochs,
+            "batch_size": settings.batch_size,
+        }
+    return found
 
 
 class Suite(ABC):
@@ -24,14 +58,19 @@ class Suite(ABC):
 
     Attributes:
         name: of the suite.
-        tokens: tokens per anchor that the suite uses.
+        anchors, tokens: the suite's number of anchors a task, and of tokens an anchor.
+        steps: of construction.
+        grid: what adaptation's settings are chosen from, see ``Grid``.
         pretrained: the encoder.
         experts: task -> fine-tuned encoder.
         record: what was trained and how, for the result file.
     """
 
     name: str
+    anchors: int = 64
     tokens: int
+    steps: int = 1200
+    grid: Grid
     pretrained: nn.Module
     experts: dict[str, nn.Module]
     record: dict[str, Any]
@@ -85,6 +124,16 @@ class Suite(ABC):
             square = sum(float((p - base[n]).detach().double().square().sum()) for n, p in moved)
             found[task] = round(square**0.5 / norm, 4)
         return found
+
+    def print_summary(self) -> None:
+        """One line a task: test accuracy before and after fine-tuning, and how far it went."""
+        before, after = self.score(self.pretrained, "test"), self.score_experts("test")
+        for task in self.tasks:
+            print(
+                f"{task:10} pretrained {100 * before[task]:5.1f}  expert {100 * after[task]:5.1f}  "
+                f"|tau|/|theta| {self.record['relative_change'][task]:.3f}  "
+                f"{self.record['experts'][task]['seconds']:.0f} s"
+            )
 
     @torch.no_grad()
     def real_inputs(self, task: str, index: int, count: int, seed: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ import images
 import stored
 import torch
 from images import TASKS, Images, ImageTask
-from suite import Suite
+from suite import Grid, Suite, published
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
@@ -53,6 +53,12 @@ class VisionSuite(Suite):
 
     name = "vision"
     tokens = 6
+    grid = Grid(
+        distances=("cosine", "l2"),
+        weights=((1e-5, 1e-4, 3e-4, 1e-3), (25, 100)),
+        coefficients=((1e-3, 1e-2), (5, 25, 100)),
+        published=published("vit-b-32"),
+    )
 
     def __init__(
         self,
@@ -170,16 +176,7 @@ def fit(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of training")
-    seed = parser.parse_args().seed
-    suite = VisionSuite(seed=seed)
-    before, after = suite.score(suite.pretrained, "test"), suite.score_experts("test")
-    for task in suite.tasks:
-        print(
-            f"{task:10} pretrained {100 * before[task]:5.1f}  expert {100 * after[task]:5.1f}  "
-            f"|tau|/|theta| {suite.record['relative_change'][task]:.3f}  "
-            f"{suite.record['experts'][task]['seconds']:.0f} s"
-        )
-    print(f"pretrained in {suite.record['pretrained']['seconds']:.0f} s; stored in {suite.where}")
+    VisionSuite(seed=parser.parse_args().seed).print_summary()
 
 
 if __name__ == "__main__":
