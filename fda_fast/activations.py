@@ -64,6 +64,12 @@ def collect_activations(
         raise InputError("scope", expected="auto, block or mlp", got=repr(scope))
     decoder = is_decoder(inner)
     paths, _ = layer_paths(inner, repeated_layers(inner), scope, decoder)
+    for path, kind in paths:
+        if kind == "experts":
+            raise InputError(
+                f"layer {path} is a mixture of experts, which see what their router sends them",
+                fix="Collect activations from dense models only.",
+            )
     prefix = f"{inner.base_model_prefix}." if inner.base_model_prefix else ""
     known = {path.removeprefix(prefix): (path, kind) for path, kind in paths}
     wanted = list(known) if layers is None else list(layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +12,9 @@ import torch
 import transformers
 from torch import nn
 
+from fda_fast.checkpoints.mixture import Expert, find_experts, shared_mlps
 from fda_fast.checkpoints.names import Names
+from fda_fast.checkpoints.openclip import image_encoder
 from fda_fast.checkpoints.reader import SHOWN, Checkpoint, some
 from fda_fast.checkpoints.repeated import (
     input_width,
@@ -97,13 +100,15 @@ class ModelLayout:
         """Find the layers of a checkpoint and its tensors in them.
 
         Args:
-            base: the base model: a Hugging Face directory with config.json.
+            base: the base model: a Hugging Face directory with config.json, or a pickled
+                open_clip image encoder, of which the image blocks are the layers.
             scope: "block" (each whole layer), "mlp" (the MLP of each layer), or "auto": the MLP
                 for causal language models, as published, and whole layers otherwise.
 
         Raises:
             InputError: no config.json, an unknown model type, config.json and weights that
-                disagree, mixture-of-experts or fused layers, no layers found.
+                disagree, experts or other tensors that are fused into one, no
+                layers found.
 
         Cost: 0.1 to 1 s; reads no weights, except tied tensors that are stored twice.
         """
@@ -113,6 +118,12 @@ class ModelLayout:
                 expected="a full model",
                 fix="Give the model it was trained on as the base model and this as an expert",
             )
+        if base.config is None and base.modules:
+            # A pickled module stands in for config.json. In-memory models build on layouts.
+            from fda_fast.checkpoints.memory import ModuleNames
+
+            encoder = image_encoder(base)
+            return cls.from_model(base, encoder, ModuleNames(encoder), scope, decoder=False)
         model = build_skeleton(base)
         return cls.from_model(base, model, Names(model), scope, decoder=is_decoder(model))
 
@@ -142,16 +153,23 @@ class ModelLayout:
         lists = repeated_layers(model)
         _check_against_config(base, model, names, table, list(lists))
         paths, notes = layer_paths(model, lists, scope, decoder)
-        layers, modules = [], {}
+        layers: list[LayerSpec] = []
+        modules: dict[str, nn.Module] = {}
         for path, layer_scope in paths:
             module = model.get_submodule(path)
+            if layer_scope == "experts":
+                found = find_experts(base, table, names.strip(path), module, model.config)
+                for expert in found:
+                    layers.append(_expert_spec(expert))
+                    modules[expert.name] = expert.module
+                continue
             spec = _layer_spec(base, names, table, path, layer_scope, module)
             layers.append(spec)
             modules[spec.name] = module
         owned = {name for spec in layers for name in spec.parameters.values()}
         outside = [name for name in base.names if name not in owned]
         tied = _tied(base, model, names, table)
-        unknown = [name for key, name in table.items() if key not in names.keys]
+        unknown = [n for key, n in table.items() if key not in names.keys and n not in owned]
         if unknown:
             notes.append(
                 f"{len(unknown)} tensors of the {base.role} belong to no part of "
@@ -235,21 +253,25 @@ def layer_paths(
     scope: Scope,
     decoder: bool,
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """(path in the skeleton, "block" | "mlp") of every layer to merge."""
+    """(path in the skeleton, "block" | "mlp") of every layer to merge.
+
+    A layer with a mixture of experts gives (its path, "experts"), and its shared MLPs.
+    """
     blocks = {f"{path}.{i}": layer for path, ls in lists.items() for i, layer in enumerate(ls)}
     if not blocks:
         raise InputError(
             f"no repeated layers in {type(model).__name__}",
             expected="a list of modules of one class that holds the bulk of the parameters",
         )
-    for path, layer in blocks.items():
-        mixture = mixture_of_experts(layer)
-        if mixture:
-            raise InputError(
-                f"layer {path} is a mixture of experts ({mixture})",
-                expected="dense layers",
-                fix="Mixture-of-experts models are not supported yet",
-            )
+    mixtures = {path for path, layer in blocks.items() if mixture_of_experts(layer)}
+    if mixtures and (scope == "block" or (scope == "auto" and not decoder)):
+        path = min(mixtures)
+        raise InputError(
+            f"layer {path} is a mixture of experts ({mixture_of_experts(blocks[path])})",
+            expected="scope 'mlp'",
+            got=f"scope {scope!r}",
+            fix="Routing is no smooth function of the layer's input: merge the experts' MLPs",
+        )
     config = getattr(model, "config", None)  # a plain module has none
     two_sided = bool(getattr(config, "is_encoder_decoder", False))
     if two_sided and scope == "block":
@@ -259,6 +281,8 @@ def layer_paths(
             got="scope 'block'",
             fix="Its decoder layers take two inputs, anchors are one: merge the MLPs",
         )
+    if mixtures:
+        return _mixture_paths(blocks, mixtures), []
     mlps = {path: mlp_of(layer) for path, layer in blocks.items()}
     lacking = [path for path, mlp in mlps.items() if mlp is None]
     if scope == "mlp" or (scope == "auto" and (decoder or two_sided)):
@@ -274,6 +298,32 @@ def layer_paths(
             f"the layers have no MLP module ({lacking[0]}): whole layers are merged"
         ]
     return [(path, "block") for path in blocks], []
+
+
+def _mixture_paths(blocks: Mapping[str, nn.Module], mixtures: set[str]) -> list[tuple[str, str]]:
+    """Experts and shared MLPs of the layers that have them, the MLPs of the others."""
+    places = []
+    for path, layer in blocks.items():
+        if path in mixtures:
+            places.append((path, "experts"))
+            places += [(f"{path}.{shared}", "mlp") for shared in shared_mlps(layer)]
+        elif mlp := mlp_of(layer):
+            places.append((f"{path}.{mlp}", "mlp"))
+    return places
+
+
+def _expert_spec(expert: Expert) -> LayerSpec:
+    shapes = {name: tuple(p.shape) for name, p in expert.module.named_parameters()}
+    return LayerSpec(
+        name=expert.name,
+        scope="mlp",
+        kind=type(expert.module).__name__,
+        parameters=expert.parameters,
+        buffers={},
+        shapes=shapes,
+        numel=sum(math.prod(shape) for shape in shapes.values()),
+        width=input_width(expert.module),
+    )
 
 
 def _layer_spec(

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 # A list of alike modules with less than this share of all listed parameters is not "the layers".
 _BULK = 0.05
 _MLP_NAME = re.compile(r"^(mlp|feed_forward|ffn|ff|dense_?relu_?dense)$", re.IGNORECASE)
-_MOE_CLASS = re.compile(r"Experts|MoE|Moe|Router")
+_MOE_CLASS = re.compile(r"(Experts|Router|MoE|Moe|MoeBlock|MoeLayer)$")
 
 Layers = nn.ModuleList | nn.Sequential
 
@@ -40,7 +40,8 @@ def mlp_of(layer: nn.Module) -> str | None:
 
 def mixture_of_experts(layer: nn.Module) -> str | None:
     """The class name of a mixture-of-experts module inside a layer, None where there is none."""
-    names = (type(module).__name__ for module in layer.modules())
+    # The layer itself is called after its model, dense or not.
+    names = (type(module).__name__ for module in layer.modules() if module is not layer)
     return next((name for name in names if _MOE_CLASS.search(name)), None)
 
 

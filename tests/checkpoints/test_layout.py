@@ -16,7 +16,7 @@ from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.checkpoints.repeated import repeated_layers
 from fda_fast.errors import InputError
 
-from .conftest import LLAMA, TEXT, rewrite, tensors_of
+from .conftest import TEXT, rewrite, tensors_of
 
 Family = Callable[[str], Path]
 DECODERS = ("gpt2", "llama", "qwen2", "gemma2")
@@ -219,19 +219,6 @@ def test_model_type_of_an_old_config(family: Family, tmp_path: Path) -> None:
     layout = layout_of(path)
     assert len(layout.layers) == 3
     assert any("taken for 'bert'" in note for note in layout.notes)
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
-def test_mixture_of_experts_is_refused(tmp_path: Path, kind: str) -> None:
-    if kind == "mixtral":
-        model = hf.MixtralForCausalLM(hf.MixtralConfig(num_local_experts=2, **LLAMA))
-    else:
-        sizes = {"num_experts": 2, "moe_intermediate_size": 8, "num_experts_per_tok": 1}
-        sizes["shared_expert_intermediate_size"] = 8
-        model = hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**sizes, **LLAMA))
-    model.save_pretrained(tmp_path / "moe")
-    with pytest.raises(InputError, match="mixture of experts"):
-        layout_of(tmp_path / "moe")
 
 
 def test_encoder_decoder_takes_mlps_only(tmp_path: Path) -> None:
