@@ -77,7 +77,11 @@ def test_killed_at_random_times(tiny, tmp_path: Path) -> None:
 def test_ctrl_c_keeps_work_and_says_so(tiny, tmp_path: Path) -> None:
     config = tiny.config(tmp_path, steps=5000)
     process = subprocess.Popen(
-        command(config, tmp_path / "out", "--quiet"), stderr=subprocess.PIPE, env=ENVIRONMENT
+        command(config, tmp_path / "out", "--quiet"),
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        # A job in the background of a script has Ctrl-C ignored, and so have its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     work = tmp_path / "out.fda-work"
     while process.poll() is None and not (work / "layers").exists():
