@@ -13,6 +13,7 @@ from fda_fast.construct import Alignment, Construction, alignment, construct
 from fda_fast.errors import InputError
 from fda_fast.merge import Report, merge
 from fda_fast.scale import ScaleChoice, choose_scale
+from fda_fast.task_vector import TaskVector
 from fda_fast.version import __version__
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "InputError",
     "Report",
     "ScaleChoice",
+    "TaskVector",
     "__version__",
     "adapt",
     "alignment",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -171,6 +171,20 @@ def expert_checkpoint(
         return MemoryCheckpoint(
             module.state_dict(), role, source=type(module).__name__, config=config_of(module)
         )
+    return _adapter(module, base, names, role) or MemoryCheckpoint(
+        plain_state_dict(module, role), role, source=type(module).__name__
+    )
+
+
+def plain_state_dict(module: nn.Module, role: str = "model") -> dict[str, Tensor]:
+    """The state dict of a module without its wrappers, and with PEFT adapters merged in a copy.
+
+    Raises:
+        InputError: adapter layers outside a PeftModel.
+    """
+    module = unwrapped(module)
+    if not _tuner_layers(module):
+        return dict(module.state_dict())
     import peft
 
     if not isinstance(module, peft.PeftModel):
@@ -179,15 +193,9 @@ def expert_checkpoint(
             expected="the PeftModel that they belong to, or a model without them",
             fix="Give the PeftModel, or peft_model.merge_and_unload()",
         )
-    adapter = _adapter(module, base, names, role)
-    if adapter is not None:
-        return adapter
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that adapters are merged already, for instance
-        merged = cast(Any, copy.deepcopy(module)).merge_and_unload()
-    return MemoryCheckpoint(
-        merged.state_dict(), role, source=type(module).__name__, config=config_of(merged)
-    )
+        return dict(cast(Any, copy.deepcopy(module)).merge_and_unload().state_dict())
 
 
 def module_layout(
@@ -223,7 +231,18 @@ def module_layout(
                 f"buffer {next(iter(computed))!r} of layer {spec.name} has no values",
                 expected="a module whose buffers are not on the meta device",
             )
+    layout.notes.extend(_masks(model))
     return layout
+
+
+def _masks(model: nn.Module) -> Iterator[str]:
+    """Notes on attention masks that a model hands to its layers, as open_clip's text model does."""
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "attn_mask", None), Tensor):
+            yield (
+                f"{path or type(model).__name__} passes its layers an attn_mask, which anchors "
+                "know nothing of: layers that an expert changes there are fitted without it"
+            )
 
 
 def without_parameters(model: nn.Module) -> nn.Module:
@@ -272,7 +291,7 @@ def _adapter(module: Any, base: Checkpoint, names: Names, role: str) -> MemoryCh
     """The LoRA adapter of a PEFT model whose other weights are the base's; None if it is not so."""
     import peft
 
-    if len(module.active_adapters) != 1:
+    if not isinstance(module, peft.PeftModel) or len(module.active_adapters) != 1:
         return None
     name = module.active_adapters[0]
     config = module.peft_config[name]
