@@ -234,6 +234,22 @@ def _llama_mlp() -> Preset:
     )
 
 
+def _decoder_block() -> Preset:
+    """Whole decoder layers, which the paper leaves out: the Llama MLP's settings, by sequences."""
+    mlp = _llama_mlp()
+    adaptations = {
+        start: dataclasses.replace(settings, batch_size=128)
+        for start, settings in mlp.adaptations.items()
+    }
+    return dataclasses.replace(
+        mlp,
+        name="decoder-block",
+        scope="block",
+        construct=ConstructSettings(anchors=64, tokens=50, steps=200),
+        adaptations=_starts(**adaptations),
+    )
+
+
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         preset.name: preset
@@ -244,10 +260,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             _roberta("roberta-base", full_epochs=100, refine_epochs=100, arithmetic=0.3),
             _roberta("roberta-large", full_epochs=50, refine_epochs=15, arithmetic=0.2),
             _llama_mlp(),
+            _decoder_block(),
         )
     }
 )
-"""The six published cases by name."""
+"""The six published cases by name, and whole decoder layers [ours]."""
 
 _LARGE_LAYER = 50_000_000
 """Elements of a layer from which construction takes 200 steps as for Llama's MLP (212 million)

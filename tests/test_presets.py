@@ -45,8 +45,8 @@ SCALING = {
 }
 
 
-def test_the_published_names_and_no_others():
-    assert list(PRESETS) == list(CONSTRUCTION)
+def test_the_published_names_and_one_of_ours():
+    assert list(PRESETS) == [*CONSTRUCTION, "decoder-block"]
     assert all(PRESETS[name].name == name for name in PRESETS)
 
 
@@ -76,6 +76,15 @@ def test_adaptation_is_the_published_one(name, start):
 @pytest.mark.parametrize(("name", "start"), SCALING)
 def test_starting_points_are_scaled_as_published(name, start):
     assert get_preset(name).start(start).scaling == SCALING[name, start]
+
+
+def test_decoder_blocks_take_sequences_and_merge_the_rest_as_llama_does():
+    ours, published = get_preset("decoder-block"), get_preset("llama-mlp")
+    assert ours.scope == "block"
+    assert ours.construct.shape(4096) == (64, 50, 4096)
+    assert (ours.construct.steps, ours.outside) == (published.construct.steps, published.outside)
+    assert ours.starts == published.starts
+    assert ours.adapt("task_arithmetic").batch_size == 128
 
 
 @pytest.mark.parametrize("name", PRESETS)
