@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ from fda_fast.errors import InputError
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What split_model.py of the published language-model code writes: one pickled module per file.
+SPLIT_INDEX = "model_index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _MAX_JSON = 200_000_000
 _CONTENTS = (
     "a Hugging Face model directory (config.json with model.safetensors, or shards with "
-    "model.safetensors.index.json, or pytorch_model.bin), a PEFT adapter directory, or one "
-    ".safetensors, .bin, .pt or .pth file"
+    "model.safetensors.index.json, or pytorch_model.bin), a PEFT adapter directory, a "
+    "split/ folder with model_index.json, or one .safetensors, .bin, .pt or .pth file"
 )
 
 
@@ -32,12 +34,16 @@ class Contents:
         weight_map: {tensor: file} of the index; None for a single file.
         config: config.json, None where there is none.
         adapter: adapter_config.json of a PEFT directory, None otherwise.
+        modules: {file: the module in it}, where every file holds one module of the model.
+        beside: the directory with config.json and tokenizer; None for a single file.
     """
 
     files: tuple[Path, ...]
     weight_map: dict[str, Path] | None
     config: dict[str, Any] | None
     adapter: dict[str, Any] | None
+    modules: dict[Path, str] = field(default_factory=dict)
+    beside: Path | None = None
 
 
 def find(path: Path, role: str) -> Contents:
@@ -67,15 +73,17 @@ def find(path: Path, role: str) -> Contents:
             raise InputError(
                 f"the adapter {path} of the {role}", expected=" or ".join(ADAPTER_FILES)
             )
-        return Contents((inside(path, found[0], role),), None, config, adapter)
+        return Contents((inside(path, found[0], role),), None, config, adapter, beside=path)
     # The order in which transformers looks.
     for single, index in zip(SINGLE, INDEXED, strict=True):
         if single in found:
-            return Contents((inside(path, single, role),), None, config, None)
+            return Contents((inside(path, single, role),), None, config, None, beside=path)
         if index in found:
             weight_map = _read_index(path, index, role)
             files = tuple(dict.fromkeys(weight_map.values()))
-            return Contents(files, weight_map, config, None)
+            return Contents(files, weight_map, config, None, beside=path)
+    if _present(path / SPLIT_INDEX, role):
+        return _split(path, config, role)
     raise InputError(
         f"the {role} {path} holds no weights",
         expected=_CONTENTS,
@@ -167,6 +175,27 @@ def _read_index(directory: Path, name: str, role: str) -> dict[str, Path]:
             fix="Finish the download, or copy the missing files here",
         )
     return {tensor: shards[str(shard)] for tensor, shard in weight_map.items()}
+
+
+def _split(directory: Path, config: dict[str, Any] | None, role: str) -> Contents:
+    """A folder with a pickled module per file, whose config.json is one folder above."""
+    index = _read_object(directory, SPLIT_INDEX, role)
+    modules: dict[Path, str] = {}
+    for name, file in index.items():
+        path = inside(directory, file, role)
+        if path in modules or not name.isprintable():
+            raise InputError(
+                f"{directory / SPLIT_INDEX} of the {role}",
+                expected="one file for each module",
+                got=f"{file!r:.80} for {name!r:.80}",
+            )
+        modules[path] = name
+    if not modules:
+        raise InputError(f"{directory / SPLIT_INDEX} of the {role}", expected="modules and files")
+    if config is None:
+        directory = directory.resolve().parent
+        config = _read_config(directory, role)
+    return Contents(tuple(modules), None, config, None, modules, directory)
 
 
 def _read_config(directory: Path, role: str) -> dict[str, Any] | None:

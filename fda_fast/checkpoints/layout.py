@@ -122,7 +122,7 @@ class ModelLayout:
             # A pickled module stands in for config.json. In-memory models build on layouts.
             from fda_fast.checkpoints.memory import ModuleNames
 
-            encoder = image_encoder(base)
+            encoder: Any = image_encoder(base)
             return cls.from_model(base, encoder, ModuleNames(encoder), scope, decoder=False)
         model = build_skeleton(base)
         return cls.from_model(base, model, Names(model), scope, decoder=is_decoder(model))

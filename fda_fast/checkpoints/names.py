@@ -13,8 +13,12 @@ import transformers
 
 from fda_fast.errors import InputError
 
-# Prefixes that DataParallel, torch.compile, trainers and sentence-transformers leave behind.
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.", "0.auto_model.", "auto_model.")
+# Prefixes that DataParallel, torch.compile, trainers, sentence-transformers and Task Arithmetic's
+# image classifiers leave behind.
+_WRAPPERS = (
+    *("module.", "_orig_mod.", "model.", "base_model.", "0.auto_model.", "auto_model."),
+    "image_encoder.",
+)
 _MAX_WRAPPERS = 4
 _LEGACY_NORM = re.compile(r"(LayerNorm|layer_norm)\.(gamma|beta)$")
 

@@ -13,6 +13,7 @@ import torch
 from fda_fast.checkpoints import directory, legacy
 from fda_fast.checkpoints.headers import read_header
 from fda_fast.checkpoints.pickles import Record
+from fda_fast.checkpoints.pickles.config import config_of
 from fda_fast.checkpoints.tensorfile import TensorFile, TensorInfo
 from fda_fast.errors import InputError
 
@@ -34,10 +35,12 @@ class Checkpoint:
 
     Attributes:
         path: as given.
-        directory: the directory of a Hugging Face or PEFT checkpoint, None for a single file.
+        directory: where config.json and tokenizer of a Hugging Face or PEFT checkpoint are; None
+            for a single file.
         role: "base model", "expert movie": how messages call it.
         names: {tensor name: TensorInfo}, in the order of the files.
-        config: config.json as a dict, None where there is none.
+        config: config.json as a dict, or what a pickled model of transformers says in its place;
+            None where there is neither.
         adapter: adapter_config.json of a PEFT directory as a dict, None for a model.
         notes: what was found and accepted, one sentence each, without paths: reports hold them.
         modules: {file: the pickled module} of files that hold one rather than a state dict.
@@ -46,7 +49,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, role: str, contents: directory.Contents) -> None:
         self.path, self.role = path, role
-        self.directory = path if path.is_dir() else None
+        self.directory = contents.beside
         self.config: dict[str, Any] | None = contents.config
         self.adapter: dict[str, Any] | None = contents.adapter
         self.notes: list[str] = []
@@ -55,6 +58,9 @@ class Checkpoint:
         names: dict[str, TensorInfo] = {}
         for file in contents.files:
             found = self._open_file(file)
+            if file in contents.modules:
+                prefix = contents.modules[file]
+                found = {f"{prefix}.{name}": info for name, info in found.items()}
             twice = sorted(found.keys() & names.keys())
             if twice:
                 raise InputError(
@@ -65,6 +71,8 @@ class Checkpoint:
             names |= found
         if contents.weight_map is not None:
             names = self._apply_index(names, contents.weight_map)
+        if self.config is None and len(self.modules) == 1:
+            self.config = config_of(next(iter(self.modules.values())))
         if not names:
             raise InputError(f"the {role} {path} is empty", expected="tensors", got="none")
         self.names: Mapping[str, TensorInfo] = MappingProxyType(names)
@@ -76,7 +84,9 @@ class Checkpoint:
 
         Args:
             path: a Hugging Face model directory (single file or shards, safetensors or pickled
-                state dict), a PEFT adapter directory, or a .safetensors, .bin, .pt, .pth file.
+                state dict), a PEFT adapter directory, a folder of pickled modules with
+                model_index.json, or a .safetensors, .bin, .pt, .pth file: a state dict or a
+                whole pickled module.
             role: whose checkpoint it is, for messages: "base model", "expert movie".
 
         Raises:

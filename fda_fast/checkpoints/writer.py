@@ -218,8 +218,13 @@ class MergedWriter:
         }
 
     def _write_config(self) -> None:
-        """The base's config.json, with the written dtype and what an old one may lack."""
+        """The base's config.json, with the written dtype and what an old one may lack.
+
+        None for a pickled module: no library has a config for it.
+        """
         base, model = self._layout.base, self._layout.model
+        if not hasattr(model, "config"):
+            return
         config = dict(base.config or {})
         config.setdefault("architectures", [type(model).__name__])
         config.setdefault("model_type", model.config.model_type)
