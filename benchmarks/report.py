@@ -107,6 +107,31 @@ def step(result: Result) -> str:
     return f"{table(head, rows, left=3)}\n\n{note}"
 
 
+def gain(result: Result) -> str:
+    """What the speed of a step is made of."""
+    rows = []
+    for case in dict.fromkeys(row["case"] for row in result["rows"]):
+        found = {(r["engine"], r["backend"]): r for r in result["rows"] if r["case"] == case}
+        slow, fast = found.get(("published", "auto")), found.get(("fda_fast", "auto"))
+        twins = found.get(("fda_fast", "torch"))
+        if not (slow and fast and twins):
+            continue
+        products = slow["gflop"] / fast["gflop"]
+        fusion = twins["ms"] / fast["ms"]
+        total = slow["ms"] / fast["ms"]
+        parts = (products, fusion, total / products / fusion, total)
+        rows.append([case, *(f"{part:.2f}x" for part in parts)])
+    if not rows:
+        return ""
+    head = ["layer", "fewer products", "fused kernels", "no tape, one pass", "together"]
+    note = (
+        "The factors of a step's speed: floating-point operations of its matrix products; C++ "
+        "kernels against the same program on torch's operations; the rest, which is what "
+        f"autograd's tape and one pass per task cost. ({where(result)})"
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
 def fidelity(result: Result) -> str:
     """Error of dL/dX by precision and size of the task vector."""
     found = result["fidelity"]
@@ -177,6 +202,7 @@ def starting(result: Result) -> str:
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "demo": ("demo", demo),
     "step": ("step", step),
+    "gain": ("step", gain),
     "fidelity": ("step", fidelity),
     "adapt": ("adapt", adapt),
     "starting": ("starting", starting),
