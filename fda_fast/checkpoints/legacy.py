@@ -12,7 +12,7 @@ from typing import Any
 
 from fda_fast.checkpoints.pickles.containers import RAW_PREFIX, ZIP_MAGIC
 from fda_fast.checkpoints.pickles.load import explained, load_pickle
-from fda_fast.checkpoints.pickles.values import PickledTensor, Record, describe
+from fda_fast.checkpoints.pickles.values import MAX_NAME, PickledTensor, Record, describe
 from fda_fast.checkpoints.tensorfile import TensorFile, TensorInfo, check_readable
 from fda_fast.errors import InputError
 
@@ -39,7 +39,7 @@ def read_pickle(file: TensorFile) -> tuple[dict[str, TensorInfo], Record | None]
             raise _not_state_dict(file, "no tensor at all")
         infos = {}
         for name, tensor in tensors.items():
-            if not name or not name.isprintable():
+            if not name or len(name) > MAX_NAME or not name.isprintable():
                 raise _not_state_dict(file, f"the key {name!r:.80}")
             check_readable(name, tensor.dtype, str(tensor.dtype), file.role)
             infos[name] = tensor.info(file)

@@ -168,16 +168,12 @@ def _inert(record: Record) -> nn.Module:
 
 def _add_tensors(module: nn.Module, record: Record) -> None:
     """Meta tensors for the record's own parameters and persistent buffers."""
-    state = record.state or {}
-    transient = state.get("_non_persistent_buffers_set")
-    for name, value in state.get("_parameters", {}).items():
-        if isinstance(value, PickledTensor):
-            empty = torch.empty(value.shape, dtype=value.dtype)
+    for name, tensor in record.tensors().items():
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if tensor.is_parameter:
             module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
-    for name, value in state.get("_buffers", {}).items():
-        kept = not isinstance(transient, set) or name not in transient
-        if isinstance(value, PickledTensor) and kept:
-            module.register_buffer(name, torch.empty(value.shape, dtype=value.dtype))
+        else:
+            module.register_buffer(name, empty)
 
 
 def _block(name: str, record: Record) -> ResidualAttentionBlock:

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fda_fast.checkpoints.pickles.values import MAX_DIMENSIONS, Blob, Malformed
+from fda_fast.checkpoints.pickles.values import Blob, Malformed
 from fda_fast.checkpoints.tensorfile import TensorFile
 
 _NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _OBJECT = "O"
+# numpy's own limit before version 2.
+_MAX_DIMENSIONS = 32
 
 
 @dataclass(eq=False)
@@ -74,13 +76,9 @@ class PickledArray:
         if self.dtype is not None:
             raise Malformed("a second state for an array")
         _, shape, dtype, fortran, data = state
-        if not isinstance(shape, tuple) or len(shape) > MAX_DIMENSIONS:
-            raise Malformed("an array without a shape")
-        if not all(type(size) is int and 0 <= size < 1 << 62 for size in shape):
-            raise Malformed(f"an array of shape {shape!r:.80}")
+        count = count_of(shape)
         if not isinstance(dtype, PickledDtype) or not isinstance(fortran, (bool, int)):
             raise Malformed("an array without a dtype")
-        count = math.prod(shape)
         if dtype.code == _OBJECT:
             fits = isinstance(data, list) and len(data) == count
         else:
@@ -103,15 +101,32 @@ class PickledArray:
             content = file.read_bytes(self.data.offset, self.data.size)
         if len(content) != self.data.size:
             raise Malformed("a numpy array beyond the end of the file")
-        kind = self.dtype.numpy()
-        flat = np.frombuffer(content, kind).astype(kind.newbyteorder("="))
-        return flat.reshape(self.shape, order="F" if self.fortran else "C")
+        return array_of(content, self.dtype, self.shape, self.fortran)
 
     def item(self) -> Any:
         """The one object of an array of shape (): a dict that ``np.save`` was given."""
         if self.shape != () or not isinstance(self.data, list):
             raise Malformed(f"an array of shape {list(self.shape)!s:.80}")
         return self.data[0]
+
+
+def count_of(shape: Any) -> int:
+    """Number of elements of an array of this shape; Malformed if it is none."""
+    if not isinstance(shape, tuple) or len(shape) > _MAX_DIMENSIONS:
+        raise Malformed("an array without a shape")
+    sizes_fit = all(type(size) is int and size >= 0 for size in shape)
+    if not sizes_fit or math.prod(max(size, 1) for size in shape) >= 1 << 60:
+        raise Malformed(f"an array of shape {shape!r:.80}")
+    return math.prod(shape)
+
+
+def array_of(
+    content: bytes, dtype: PickledDtype, shape: tuple[int, ...], fortran: bool
+) -> np.ndarray[Any, Any]:
+    """The array of these bytes, in memory of its own, in this machine's byte order."""
+    kind = dtype.numpy()
+    flat = np.frombuffer(content, kind).astype(kind.newbyteorder("="))
+    return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def scalar(dtype: Any, data: Any) -> int | float | bool:

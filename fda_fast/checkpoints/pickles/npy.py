@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import ast
-import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fda_fast.checkpoints.pickles.arrays import PickledArray, PickledDtype
+from fda_fast.checkpoints.pickles.arrays import (
+    PickledArray,
+    PickledDtype,
+    array_of,
+    count_of,
+)
 from fda_fast.checkpoints.pickles.containers import load_at
 from fda_fast.checkpoints.pickles.load import explained
 from fda_fast.checkpoints.pickles.values import Malformed, PickledTensor, describe
 from fda_fast.checkpoints.tensorfile import TensorFile, check_readable
 
 _MAGIC = b"\x93NUMPY"
+# As numpy writes it; evaluating it as Python, as numpy does to read it, is not needed.
+_HEADER = re.compile(
+    rb"\{'descr': '([<>|=]\w{1,3})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d{1,19}, ?)*\d{0,19})\), \}\s*"
+)
 _MAX_HEADER = 10_000
 _MAX_DEPTH = 20
 _MAX_PARTS = 100_000
@@ -60,18 +69,12 @@ def _read_header(file: TensorFile) -> tuple[str, bool, tuple[int, ...], int]:
     start = 12 if wide else 10
     if length > _MAX_HEADER or start + length > file.size:
         raise Malformed(f"a header of {length} bytes")
-    try:
-        header = ast.literal_eval(file.read_bytes(start, length).decode("utf-8").strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-        raise Malformed("a header that is no dict") from error
-    if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
-        raise Malformed("a header without descr, fortran_order and shape")
-    descr, fortran, shape = header["descr"], header["fortran_order"], header["shape"]
-    if not isinstance(descr, str) or not isinstance(fortran, bool):
-        raise Malformed("an array with fields")
-    if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape):
-        raise Malformed(f"the shape {shape!r:.80}")
-    return descr, fortran, shape, start + length
+    found = _HEADER.fullmatch(file.read_bytes(start, length))
+    if found is None:
+        raise Malformed("a header other than numpy's for an array without fields")
+    descr, fortran, sizes = (group.decode("ascii") for group in found.groups())
+    shape = tuple(int(size) for size in sizes.split(",") if size.strip())
+    return descr, fortran == "True", shape, start + length
 
 
 def _read_numbers(
@@ -79,12 +82,10 @@ def _read_numbers(
 ) -> np.ndarray[Any, Any]:
     kind = PickledDtype.of(descr[1:])
     kind.set_state((3, descr[:1], None, None, None))
-    nbytes = math.prod(shape) * kind.numpy().itemsize
+    nbytes = count_of(shape) * kind.numpy().itemsize
     if begin + nbytes != file.size:
         raise Malformed(f"{file.size - begin} bytes for an array of {nbytes}")
-    flat = np.frombuffer(file.read_bytes(begin, nbytes), kind.numpy())
-    flat = flat.astype(flat.dtype.newbyteorder("="))
-    return flat.reshape(shape, order="F" if fortran else "C")
+    return array_of(file.read_bytes(begin, nbytes), kind, shape, fortran)
 
 
 class _Reader:

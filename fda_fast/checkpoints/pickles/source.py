@@ -67,15 +67,17 @@ class Source:
 
     def line(self, limit: int) -> bytes:
         """The bytes up to the next line feed, which is passed; Malformed beyond ``limit``."""
-        self.take(0)
         count = min(limit + 1, self.end - self.position)
-        text = self.take(count)
-        self.position -= count
-        length = text.find(b"\n")
-        if length < 0:
+        at = self.position - self._start
+        if at < 0 or at + count > len(self._buffer):
+            self.take(count)
+            self.position -= count
+            at = self.position - self._start
+        end = self._buffer.find(b"\n", at, at + count)
+        if end < 0:
             raise Malformed(f"a line of more than {limit} bytes")
-        self.position += length + 1
-        return text[:length]
+        self.position += end + 1 - at
+        return self._buffer[at:end]
 
     def _check(self, count: int) -> None:
         if not 0 <= count <= self.end - self.position:

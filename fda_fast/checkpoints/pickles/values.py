@@ -17,10 +17,11 @@ import torch
 from fda_fast.checkpoints.tensorfile import TensorFile, TensorInfo
 
 MAX_DIMENSIONS = 64
-# A model has thousands of modules; one that seems to have more refers to its parts in circles, or
-# to each part so often that listing them would not end.
-_MAX_MODULES = 200_000
-_MAX_DEPTH = 100
+MAX_NAME = 1024
+# A model has thousands of modules and tensors; one that seems to have more refers to its parts in
+# circles, or to each so often that listing them would not end.
+_MAX_MODULES = 100_000
+_MAX_TENSORS = 200_000
 
 
 class Malformed(Exception):
@@ -103,18 +104,16 @@ class Record:
         Raises:
             Malformed: they contain each other, or are too many.
         """
-        pending = [("", self, 0)]
-        seen = 0
+        pending = [("", self)]
+        seen = 1
         while pending:
-            path, module, depth = pending.pop()
-            seen += 1
-            if seen > _MAX_MODULES or depth > _MAX_DEPTH:
-                raise Malformed("modules that contain each other")
+            path, module = pending.pop()
             yield path, module
             children = module.children()
-            for name in reversed(children):
-                below = f"{path}.{name}" if path else name
-                pending.append((below, children[name], depth + 1))
+            seen += len(children)
+            if seen > _MAX_MODULES:
+                raise Malformed("modules that contain each other, or too many")
+            pending += [(_below(path, name), children[name]) for name in reversed(children)]
 
     def state_dict(self) -> dict[str, PickledTensor]:
         """Parameters and persistent buffers by name, as the module's own ``state_dict()`` has.
@@ -124,18 +123,37 @@ class Record:
         """
         found: dict[str, PickledTensor] = {}
         for path, module in self.named_modules():
-            if not module.is_module or module.state is None:
-                continue
-            transient = module.state.get("_non_persistent_buffers_set")
-            transient = transient if isinstance(transient, set) else set()
-            for part in ("_parameters", "_buffers"):
-                for name, value in module.state[part].items():
-                    if value is None or (part == "_buffers" and name in transient):
-                        continue
-                    if not isinstance(name, str) or not isinstance(value, PickledTensor):
-                        raise Malformed(f"{describe(value)} among the tensors of {module.name}")
-                    found[f"{path}.{name}" if path else name] = value
+            for name, tensor in module.tensors().items():
+                found[_below(path, name)] = tensor
+            if len(found) > _MAX_TENSORS:
+                raise Malformed("modules with too many tensors")
         return found
+
+    def tensors(self) -> dict[str, PickledTensor]:
+        """Parameters and persistent buffers of this module alone.
+
+        Raises:
+            Malformed: something else among them.
+        """
+        if self.state is None or not self.is_module:
+            return {}
+        transient = self.state.get("_non_persistent_buffers_set")
+        transient = transient if isinstance(transient, set) else set()
+        found: dict[str, PickledTensor] = {}
+        for part in ("_parameters", "_buffers"):
+            for name, value in self.state[part].items():
+                if value is None or (part == "_buffers" and name in transient):
+                    continue
+                if not isinstance(name, str) or not isinstance(value, PickledTensor):
+                    raise Malformed(f"{describe(value)} among the tensors of {self.name}")
+                found[name] = value
+        return found
+
+
+def _below(path: str, name: str) -> str:
+    if len(path) + len(name) > MAX_NAME:
+        raise Malformed("modules nested too deep")
+    return f"{path}.{name}" if path else name
 
 
 @dataclass(eq=False)
@@ -242,6 +260,8 @@ def tensor_view(storage: TypedStorage, start: Any, shape: Any, stride: Any) -> P
     if type(start) is not int or not 0 <= start < 1 << 62:
         raise Malformed(f"a tensor that starts at element {start!r:.40}")
     numel = math.prod(shape)
+    if math.prod(max(size, 1) for size in shape) >= 1 << 62:
+        raise Malformed(f"the shape {list(shape)!s:.80}")
     last = start + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     if numel and (numel > storage.numel or last >= storage.numel):
         raise Malformed(
