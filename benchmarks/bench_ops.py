@@ -91,7 +91,6 @@ def alignment_cases():
     alpha, beta, row = draw(TASKS, 3), draw(TASKS, 3), draw(TASKS, 3 * WIDTH)
     yield "dots", lambda to: alignment.dots(g, u, v, widths, backend=to)
     yield "mix", lambda to: alignment.mix(alpha, u, beta, v, widths, row, backend=to)
-    yield "spread", lambda to: alignment.spread(g, alpha, beta, u, widths, backend=to)
 
 
 def optimizer_cases():

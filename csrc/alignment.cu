@@ -113,29 +113,6 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(
   store<N>(out + r * o + c, us);
 }
 
-template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) spread_kernel(
-    const T* __restrict__ b, Coefficients alpha, Coefficients beta, const T* __restrict__ g,
-    Segments segments, int64_t rows, int64_t o, int64_t blocks_per_row,
-    T* __restrict__ merged, T* __restrict__ scaled) {
-  const int64_t r = blockIdx.x / blocks_per_row;
-  const int64_t c = (blockIdx.x % blocks_per_row * kThreads + threadIdx.x) * N;
-  if (c >= o) return;
-  const int64_t task = r / rows;
-  const float a = coefficient(alpha, segments, task, c);
-  const float s = coefficient(beta, segments, task, c);
-  float bs[N], gs[N];
-  load<N>(b + r * o + c, bs);
-  load<N>(g + r * o + c, gs);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    bs[i] += a * gs[i];
-    gs[i] *= s;
-  }
-  store<N>(merged + r * o + c, bs);
-  store<N>(scaled + r * o + c, gs);
-}
-
 // One warp: one task.
 __global__ void __launch_bounds__(32) coefficients_kernel(
     int64_t parameters, const float* __restrict__ dots, const float* __restrict__ squares,
@@ -224,32 +201,6 @@ cudaError_t alignment_mix(int dtype, int64_t tasks, int64_t rows, int64_t o, int
     } else {
       mix_kernel<T, 1><<<grid, kThreads, 0, stream>>>(alpha, us, beta, vs, ws, parts, rows, o,
                                                       per_row, outs);
-    }
-  })
-  return cudaGetLastError();
-}
-
-cudaError_t alignment_spread(int dtype, int64_t tasks, int64_t rows, int64_t o, int64_t segments,
-                             const int64_t* widths, const void* b, Coefficients alpha,
-                             Coefficients beta, const void* g, void* merged, void* scaled,
-                             cudaStream_t stream) {
-  Segments parts;
-  if (!read_segments(segments, widths, parts)) return cudaErrorInvalidValue;
-  if (tasks * rows * o == 0) return cudaSuccess;
-  const bool wide = by_four(parts) && all_aligned16(b, g, merged, scaled);
-  const int64_t per_row = ceil_div(o, kThreads * (wide ? 4 : 1));
-  const int64_t blocks = tasks * rows * per_row;
-  if (blocks > kMaxGridX) return cudaErrorInvalidConfiguration;
-  FDA_DISPATCH(dtype, T, {
-    const T *bs = static_cast<const T*>(b), *gs = static_cast<const T*>(g);
-    T *merges = static_cast<T*>(merged), *scales = static_cast<T*>(scaled);
-    const unsigned grid = static_cast<unsigned>(blocks);
-    if (wide) {
-      spread_kernel<T, 4><<<grid, kThreads, 0, stream>>>(bs, alpha, beta, gs, parts, rows, o,
-                                                         per_row, merges, scales);
-    } else {
-      spread_kernel<T, 1><<<grid, kThreads, 0, stream>>>(bs, alpha, beta, gs, parts, rows, o,
-                                                         per_row, merges, scales);
     }
   })
   return cudaGetLastError();

@@ -119,8 +119,6 @@ PYBIND11_MODULE(_C, m) {
       "g", "u", "v", "partial", "out", "threads");
   def(m, "alignment_mix", &Kernels::alignment_mix, "tasks", "rows", "o", "segments", "widths",
       "alpha", "u", "beta", "v", "row", "out", "threads");
-  def(m, "alignment_spread", &Kernels::alignment_spread, "tasks", "rows", "o", "segments",
-      "widths", "b", "alpha", "beta", "g", "merged", "scaled", "threads");
   def(m, "alignment_coefficients", &Kernels::alignment_coefficients, "tasks", "parameters",
       "dots", "squares", "active", "eps", "loss", "cosines", "coefficients");
 

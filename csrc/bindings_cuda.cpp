@@ -63,16 +63,6 @@ void mix(int dtype, int64_t tasks, int64_t rows, int64_t o, const Widths& widths
                                  stream_of(stream)));
 }
 
-void spread(int dtype, int64_t tasks, int64_t rows, int64_t o, const Widths& widths, Address b,
-            const Strided& alpha, const Strided& beta, Address g, Address merged, Address scaled,
-            Address stream) {
-  check("alignment_spread",
-        fda::cuda::alignment_spread(dtype, tasks, rows, o, widths.size(), widths.data(),
-                                    at<const void>(b), coefficients_of(alpha),
-                                    coefficients_of(beta), at<const void>(g), at<void>(merged),
-                                    at<void>(scaled), stream_of(stream)));
-}
-
 void coefficients(int64_t tasks, int64_t parameters, Address dots, Address squares, Address active,
                   float eps, Address loss, Address cosines, Address out, Address stream) {
   check("alignment_coefficients",
@@ -116,9 +106,6 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_alignment_mix", &mix, py::arg("dtype"), py::arg("tasks"), py::arg("rows"),
         py::arg("o"), py::arg("widths"), py::arg("alpha"), py::arg("u"), py::arg("beta"),
         py::arg("v"), py::arg("row"), py::arg("out"), py::arg("stream"));
-  m.def("cuda_alignment_spread", &spread, py::arg("dtype"), py::arg("tasks"), py::arg("rows"),
-        py::arg("o"), py::arg("widths"), py::arg("b"), py::arg("alpha"), py::arg("beta"),
-        py::arg("g"), py::arg("merged"), py::arg("scaled"), py::arg("stream"));
   m.def("cuda_alignment_coefficients", &coefficients, py::arg("tasks"), py::arg("parameters"),
         py::arg("dots"), py::arg("squares"), py::arg("active"), py::arg("eps"), py::arg("loss"),
         py::arg("cosines"), py::arg("out"), py::arg("stream"));

@@ -40,14 +40,6 @@ cudaError_t alignment_mix(
     void* out,  // [K, R, o]
     cudaStream_t stream);
 
-// merged = b + alpha g, scaled = beta g
-cudaError_t alignment_spread(
-    int dtype, int64_t tasks, int64_t rows, int64_t o,
-    int64_t segments, const int64_t* widths,
-    const void* b, Coefficients alpha, Coefficients beta, const void* g,
-    void* merged, void* scaled,  // [K, R, o]
-    cudaStream_t stream);
-
 // Cosines, loss and the coefficients of M; fda_fast/ops/alignment.py has the formulas.
 cudaError_t alignment_coefficients(
     int64_t tasks, int64_t parameters,

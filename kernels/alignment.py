@@ -107,38 +107,6 @@ def _alignment_mix_kernel(
 
 
 @triton.jit
-def _alignment_spread_kernel(
-    b_ptr, alpha_ptr, beta_ptr, g_ptr, starts_ptr, merged_ptr, scaled_ptr,
-    rows, width, n_segments,
-    stride_alpha_task, stride_alpha_segment, stride_beta_task, stride_beta_segment,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK columns of one row of b + alpha g and of beta g."""
-    index = tl.program_id(0).to(tl.int64)
-    task = index // rows
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < width
-    at = index * width + offs
-    alpha = segment_value(
-        alpha_ptr,
-        stride_alpha_task,
-        stride_alpha_segment,
-        task,
-        starts_ptr,
-        offs,
-        n_segments,
-        BLOCK,
-    )
-    beta = segment_value(
-        beta_ptr, stride_beta_task, stride_beta_segment, task, starts_ptr, offs, n_segments, BLOCK
-    )
-    g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(merged_ptr + at, b + alpha * g, mask=mask)
-    tl.store(scaled_ptr + at, beta * g, mask=mask)
-
-
-@triton.jit
 def _alignment_coefficients_kernel(
     dots_ptr, squares_ptr, active_ptr, loss_ptr, cosines_ptr, out_ptr,
     n_tasks, n_terms, eps,
@@ -213,15 +181,6 @@ def mix(alpha, u, beta, v, widths, row):
         pointers = (alpha, u, beta, v, row, _starts(tuple(widths), v.device), out)
         _elementwise(_alignment_mix_kernel, v, pointers, alpha, beta, HAS_ROW=row is not None)
     return out
-
-
-def spread(b, alpha, beta, g, widths):
-    """b + alpha g and beta g, each [K, R, o], as ``fda_fast.ops.alignment.spread``."""
-    merged, scaled = memory.empty_like(b), memory.empty_like(g)
-    if g.numel():
-        pointers = (b, alpha, beta, g, _starts(tuple(widths), g.device), merged, scaled)
-        _elementwise(_alignment_spread_kernel, g, pointers, alpha, beta)
-    return merged, scaled
 
 
 def coefficients(dots, squares, active, eps):

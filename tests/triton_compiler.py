@@ -167,7 +167,6 @@ def _alignment(dtype):
         alignment.dots(g, g, g, widths)
         alignment.mix(c, g, c, g, widths, row)
         alignment.mix(c, g, c, g, widths, None)
-        alignment.spread(g, c, c, g, widths)
     p = _meta(8, 16)
     alignment.coefficients(_meta(2, 8, 16), p, _meta(16, dtype=torch.bool), 1e-8)
 

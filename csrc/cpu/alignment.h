@@ -86,26 +86,6 @@ static void alignment_mix(int64_t K, int64_t R, int64_t o, int64_t segments,
                });
 }
 
-// merged = b + alpha g, scaled = beta g
-static void alignment_spread(int64_t K, int64_t R, int64_t o, int64_t segments,
-                             const int64_t* widths, const float* b, const float* alpha,
-                             const float* beta, const float* g, float* merged, float* scaled,
-                             int threads) {
-  segment_rows(K, R, o, segments, widths, threads,
-               [=](int64_t at, int64_t len, int64_t k, int64_t s, int64_t) {
-                 const float a = alpha[k * segments + s], c = beta[k * segments + s];
-                 const float* __restrict__ bs = b + at;
-                 const float* __restrict__ gs = g + at;
-                 float* __restrict__ merges = merged + at;
-                 float* __restrict__ scales = scaled + at;
-#pragma omp simd
-                 for (int64_t i = 0; i < len; ++i) {
-                   merges[i] = bs[i] + a * gs[i];
-                   scales[i] = c * gs[i];
-                 }
-               });
-}
-
 // Loss [K], cosines [K, P] and coefficients [2, K, P] from dots [2, K, P] and squares [K, P].
 static void alignment_coefficients(int64_t K, int64_t P, const float* dots, const float* squares,
                                    const unsigned char* active, double eps, float* loss,

@@ -36,7 +36,6 @@ extern const Kernels table = {
     similarity_reverse,
     alignment_dots,
     alignment_mix,
-    alignment_spread,
     alignment_coefficients,
     attention_scratch,
     attention_forward,

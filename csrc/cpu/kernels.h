@@ -64,10 +64,6 @@ struct Kernels {
   void (*alignment_mix)(int64_t K, int64_t R, int64_t o, int64_t segments, const int64_t* widths,
                         const float* alpha, const float* u, const float* beta, const float* v,
                         const float* row, float* out, int threads);
-  void (*alignment_spread)(int64_t K, int64_t R, int64_t o, int64_t segments,
-                           const int64_t* widths, const float* b, const float* alpha,
-                           const float* beta, const float* g, float* merged, float* scaled,
-                           int threads);
   void (*alignment_coefficients)(int64_t K, int64_t P, const float* dots, const float* squares,
                                  const unsigned char* active, double eps, float* loss,
                                  float* cosines, float* coefficients);

@@ -42,20 +42,6 @@ def mix(
     return module.mix(alpha, u, beta, v, widths, row)
 
 
-def spread(
-    b: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    g: Tensor,
-    widths: Sequence[int],
-    *,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """b + alpha g and beta g, each [K, R, o], from coefficients [K, S]."""
-    module = dispatch.implementation("alignment", b, backend)
-    return module.spread(b, alpha, beta, g, widths)
-
-
 def coefficients(
     dots: Tensor,
     squares: Tensor,

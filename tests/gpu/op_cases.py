@@ -64,7 +64,6 @@ def cases(stem, draw, real):
         alpha, beta = draw(1, 2).float(), draw(1, 2).float()
         yield lambda m, *a: m.dots(*a, widths), (g, u, v)
         yield lambda m, *a: m.mix(*a, widths, None), (alpha, u, beta, v)
-        yield lambda m, *a: m.spread(*a, widths), (u, alpha, beta, g)
     else:
         for tokens, heads in (
             (5, Heads(real(12, 1), real(12, 1), 64, 0.125)),

@@ -20,7 +20,6 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         row = torch.randn(2, sum(widths), device="cuda").to(dtype)
         alignment.dots(g, u, w, widths, backend="cuda")
         alignment.mix(alpha, u, beta, w, widths, row, backend="cuda")
-        alignment.spread(u, alpha, beta, g, widths, backend="cuda")
 for terms in (1, 33):
     alignment.coefficients(
         torch.rand(2, 3, terms, device="cuda"),

@@ -11,13 +11,12 @@ WIDTHS = [(1,), (37,), (16, 16, 16), (1023, 1, 5), (1025,), (777, 700)]
 @pytest.mark.parametrize(("tasks", "rows"), [(1, 1), (2, 5)])
 def test_segments(widths, tasks, rows, hold, draw):
     width, segments = sum(widths), len(widths)
-    g, u, v, b = (draw(tasks, rows, width) for _ in range(4))
+    g, u, v = (draw(tasks, rows, width) for _ in range(3))
     alpha, beta = draw(tasks, segments), draw(tasks, segments)
     row = draw(tasks, width)
     hold(alignment.dots, twin.dots, g, u, v, widths)
     hold(alignment.mix, twin.mix, alpha, u, beta, v, widths, row)
     hold(alignment.mix, twin.mix, alpha, u, beta, v, widths, None)
-    hold(alignment.spread, twin.spread, b, alpha, beta, g, widths)
 
 
 def test_dots_over_several_chunks(hold, draw):
@@ -28,16 +27,13 @@ def test_dots_over_several_chunks(hold, draw):
 
 def test_coefficients_of_some_of_the_terms(hold, draw):
     """A layer hands the columns of its weights on, out of those of all its parameters."""
-    g, u, v, b = (draw(2, 3, 9) for _ in range(4))
+    u, v = (draw(2, 3, 9) for _ in range(2))
     alpha, beta = draw(2, 2, 5)[:, :, :3]
     widths = (4, 3, 2)
 
     both = torch.stack([alpha, beta])
     out = alignment.mix(alpha, u, beta, v, widths, None)
     assert torch.equal(out, alignment.mix(both[0], u, both[1], v, widths, None))
-    merged, scaled = alignment.spread(b, alpha, beta, g, widths)
-    again = alignment.spread(b, both[0], both[1], g, widths)
-    assert torch.equal(merged, again[0]) and torch.equal(scaled, again[1])
 
 
 def test_no_rows(hold, draw):

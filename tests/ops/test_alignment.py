@@ -26,7 +26,6 @@ def test_segments(backend, device, generator):
         check(alignment.dots, twin.dots, (g, u, v, widths), backend, device)
         check(alignment.mix, twin.mix, (alpha, u, beta, v, widths, row), backend, device)
         check(alignment.mix, twin.mix, (alpha, u, beta, v, widths, None), backend, device)
-        check(alignment.spread, twin.spread, (g, alpha, beta, u, widths), backend, device)
 
 
 def test_segments_by_hand():
@@ -35,9 +34,6 @@ def test_segments_by_hand():
     expected = torch.tensor([[[1 + 2 + 4 + 5.0, 3 + 6]], [[1 + 4 + 16 + 25.0, 9 + 36]]])
     assert torch.equal(twin.dots(g, u, g, [2, 1]), expected.double())
     alpha = torch.tensor([[2.0, 3.0]], dtype=torch.float64)
-    merged, scaled = twin.spread(u, alpha, -alpha, g, [2, 1])
-    assert merged[0, 0].tolist() == [3.0, 5.0, 10.0]
-    assert scaled[0, 0].tolist() == [-2.0, -4.0, -9.0]
     mixed = twin.mix(alpha, u, -alpha, g, [2, 1], torch.ones(1, 3, dtype=torch.float64))
     assert mixed[0, 0].tolist() == [1.0, -1.0, -5.0]
 

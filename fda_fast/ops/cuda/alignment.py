@@ -58,23 +58,6 @@ def mix(
     return out
 
 
-def spread(
-    b: Tensor, alpha: Tensor, beta: Tensor, g: Tensor, widths: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """See fda_fast.ops.alignment.spread."""
-    tasks, rows, columns = b.shape
-    spans = _segments(widths, columns)
-    shape = (tasks, len(spans))
-    merged, scaled = empty_like(b), empty_like(b)
-    launch(
-        "alignment_spread", b, DTYPES[b.dtype], tasks, rows, columns, spans,
-        address("b", b, b.shape, b), strided("alpha", alpha.float(), shape, b),
-        strided("beta", beta.float(), shape, b), address("g", g, b.shape, b),
-        merged.data_ptr(), scaled.data_ptr(),
-    )  # fmt: skip
-    return merged, scaled
-
-
 def coefficients(
     dots: Tensor, squares: Tensor, active: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

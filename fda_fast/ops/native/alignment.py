@@ -53,23 +53,6 @@ def mix(
     return out
 
 
-def spread(
-    b: Tensor, alpha: Tensor, beta: Tensor, g: Tensor, widths: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """See fda_fast.ops.alignment.spread."""
-    tasks, rows, columns = b.shape
-    spans = _segments(widths, columns)
-    shape = (tasks, len(widths))
-    merged, scaled = empty_like(b), empty_like(b)
-    alpha, beta = alpha.contiguous(), beta.contiguous()
-    library().alignment_spread(
-        tasks, rows, columns, len(widths), spans.data_ptr(), address("b", b, b.shape),
-        address("alpha", alpha, shape), address("beta", beta, shape), address("g", g, b.shape),
-        merged.data_ptr(), scaled.data_ptr(), threads(),
-    )  # fmt: skip
-    return merged, scaled
-
-
 def coefficients(
     dots: Tensor, squares: Tensor, active: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,15 +40,6 @@ def mix(
     return out if row is None else out.add_(row.unsqueeze(1))
 
 
-def spread(
-    b: Tensor, alpha: Tensor, beta: Tensor, g: Tensor, widths: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """See fda_fast.ops.alignment.spread."""
-    scaled = torch.mul(g, _columns(beta, widths), out=memory.empty(g.shape, g))
-    merged = torch.addcmul(b, g, _columns(alpha, widths), out=memory.empty(b.shape, b))
-    return merged, scaled
-
-
 def coefficients(
     dots: Tensor, squares: Tensor, active: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
