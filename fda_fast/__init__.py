@@ -11,6 +11,7 @@ from fda_fast.adapt import Adaptation, adapt
 from fda_fast.anchors import Anchors, init_anchors
 from fda_fast.construct import Alignment, Construction, alignment, construct
 from fda_fast.errors import InputError
+from fda_fast.matching import gradient_alignment, gradient_matching
 from fda_fast.merge import Report, merge
 from fda_fast.scale import ScaleChoice, choose_scale
 from fda_fast.task_vector import TaskVector
@@ -31,6 +32,8 @@ __all__ = [
     "choose_scale",
     "collect_activations",
     "construct",
+    "gradient_alignment",
+    "gradient_matching",
     "init_anchors",
     "merge",
     "save_activations",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,17 @@ class Alignment:
     grad: Tensor
     cosines: dict[str, float]
 
+    @classmethod
+    def of(
+        cls, problem: layers.Problem, found: layers.Evaluation, names: Iterable[str] | None = None
+    ) -> Alignment:
+        """The evaluation of one task, of these parameters or of all; reads device tensors."""
+        cosines = dict(zip(problem.parameter_names, found.cosines[0].tolist(), strict=True))
+        kept = set(cosines if names is None else names)
+        # What is left out is the constant 1 in the problem.
+        loss = found.loss[0].item() - (len(cosines) - len(kept))
+        return cls(loss, found.grad[0], {n: c for n, c in cosines.items() if n in kept})
+
 
 @dataclass(frozen=True)
 class Construction:
@@ -62,6 +73,7 @@ def alignment(
     finetuned_layer: nn.Module,
     anchors: Tensor,
     *,
+    direction: Mapping[str, Tensor] | None = None,
     distance: str = "cosine",
     engine: str = "auto",
     precision: str = "auto",
@@ -75,6 +87,9 @@ def alignment(
         pretrained_layer: module with the weights theta_0, callable on ``anchors``.
         finetuned_layer: the same architecture with the weights theta_i.
         anchors: [n, d] vectors or [n, T, d] token sequences; float32 (or the layer's float64).
+        direction: {parameter name: tensor} to align G_p with in place of the task vector; the
+            loss then sums over its tensors alone. Runs on the autograd engine. For a direction
+            and a loss of one layer there is the faster ``gradient_alignment``.
         distance: "cosine", "l2" or "l1": what compares the two outputs.
         engine: "auto", "program" (four sweeps) or "autograd" (double backward, any module).
         precision: "auto", "fp32", "tf32" or "bf16": operands of the program's matrix products.
@@ -89,20 +104,22 @@ def alignment(
     Source: FDA, arXiv 2510.21223v1, Eq. 1, summed per tensor and with the sign of the similarity
     as in the published code.
     """
-    problem = layers.bind(
-        pretrained_layer,
-        [finetuned_layer],
-        shape=tuple(anchors.shape),
-        distance=distance,
-        engine=engine,
-        precision=precision,
-    )
+    problem: layers.Problem
+    if direction is None:
+        problem = layers.bind(
+            pretrained_layer,
+            [finetuned_layer],
+            shape=tuple(anchors.shape),
+            distance=distance,
+            engine=engine,
+            precision=precision,
+        )
+    else:
+        problem = layers.bind_direction(
+            pretrained_layer, finetuned_layer, direction, distance=distance, engine=engine
+        )
     result = problem.evaluate(anchors.detach().unsqueeze(0))
-    return Alignment(
-        loss=result.loss[0].item(),
-        grad=result.grad[0],
-        cosines=dict(zip(problem.parameter_names, result.cosines[0].tolist(), strict=True)),
-    )
+    return Alignment.of(problem, result, direction)
 
 
 def construct(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,9 @@ class AutogradProblem:
         distance: "cosine" (mean over anchors), "l2" or "l1" (mean over elements).
         zero_gradient: names of tensors whose gradient is zero by mathematics, such as the key
             bias of softmax attention. Default: those known for layers of this structure.
+        directions: of each task {parameter name: tensor} to align with in place of the task
+            vector; a term whose name is missing is the constant 1.
+        objective: scalar function of the pretrained output [n, (T,) d_out] in place of s.
 
     Raises:
         InputError: unknown distance, no fine-tuned layer, names or shapes that differ.
@@ -71,6 +74,8 @@ class AutogradProblem:
         *,
         distance: str = "cosine",
         zero_gradient: Collection[str] | None = None,
+        directions: Sequence[Mapping[str, Tensor]] | None = None,
+        objective: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if zero_gradient is None:
             zero_gradient = zero_gradient_names(pretrained)
@@ -84,8 +89,12 @@ class AutogradProblem:
         self._parameters = {
             name: tensor.detach().requires_grad_() for name, tensor in pretrained.named_parameters()
         }
+        self._objective = objective
         self._tasks = [
-            _Task(self._parameters, layer, frozenset(zero_gradient)) for layer in self._finetuned
+            _Task(self._parameters, layer, frozenset(zero_gradient), given)
+            for layer, given in zip(
+                self._finetuned, directions or [None] * len(finetuned), strict=True
+            )
         ]
         self._keywords: dict[Any, list[dict[str, Any]]] = {}
 
@@ -152,26 +161,37 @@ class AutogradProblem:
             self._keywords[key] = [call_keywords(layer, x.detach()) for layer in layers]
         keywords = self._keywords[key]
         y = call_layer(self._pretrained, x, self._parameters, keywords[0])
+        if self._objective is not None:
+            return self._objective(y)
         y_f = call_layer(self._finetuned[k], x, self._tasks[k].parameters, keywords[k + 1])
         return self._similarity(y.flatten(1), y_f.flatten(1))
 
 
 class _Task:
-    """Constants of one task: frozen fine-tuned parameters and unit task vectors."""
+    """Constants of one task: frozen fine-tuned parameters and unit directions."""
 
     def __init__(
-        self, pretrained: dict[str, Tensor], layer: nn.Module, zero_gradient: frozenset[str]
+        self,
+        pretrained: dict[str, Tensor],
+        layer: nn.Module,
+        zero_gradient: frozenset[str],
+        given: Mapping[str, Tensor] | None,
     ) -> None:
         self.parameters = {name: p.detach() for name, p in layer.named_parameters()}
         self.names: list[str] = []
         self.directions: list[Tensor] = []
         for name, finetuned in self.parameters.items():
-            task_vector = finetuned - pretrained[name].detach()
-            if name in zero_gradient or not bool(task_vector.any()):
+            if given is None:
+                direction = finetuned - pretrained[name].detach()
+            elif name in given:
+                direction = given[name].to(finetuned)
+            else:
                 continue
-            norm = torch.linalg.vector_norm(task_vector)
+            if name in zero_gradient or not bool(direction.any()):
+                continue
+            norm = torch.linalg.vector_norm(direction)
             self.names.append(name)
-            self.directions.append(task_vector / norm.clamp_min(EPS))
+            self.directions.append(direction / norm.clamp_min(EPS))
 
 
 class AutogradAdaptation:

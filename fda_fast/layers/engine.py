@@ -73,23 +73,23 @@ def bind(
         InputError: unknown engine, precision or distance; layers whose parameters differ; engine
             "program" for a layer that has none, with the reason.
     """
-    _check(engine, precision, distance)
+    check_options(engine, precision, distance)
     check_same_parameters(pretrained, finetuned)
     if engine != "autograd":
         try:
-            recipe = _recipe(pretrained, finetuned, len(shape) == 3)
+            recipe = find_recipe(pretrained, finetuned, len(shape) == 3)
             materials = Materials(
                 pretrained,
                 finetuned,
                 tokens=shape[1] if len(shape) == 3 else 1,
-                precision=Precision(precision, _device(pretrained)),
-                dtype=_dtype(pretrained),
+                precision=Precision(precision, device_of(pretrained)),
+                dtype=dtype_of(pretrained),
             )
             problem = ProgramProblem(recipe.build(materials), materials, distance=distance)
             verify(problem, materials, pretrained, finetuned, shape, distance)
             return problem
         except (NotRecognised, Mismatch) as reason:
-            _fall_back(engine, pretrained, reason)
+            fall_back(engine, pretrained, reason)
     return AutogradProblem(pretrained, finetuned, distance=distance)
 
 
@@ -105,21 +105,21 @@ def bind_adaptation(
 
     Engines and errors as for ``bind``.
     """
-    _check(engine, precision, distance)
+    check_options(engine, precision, distance)
     finetuned = [layer for _, layer in tasks]
     check_same_parameters(pretrained, finetuned)
     check_same_anchor_shapes([anchors for anchors, _ in tasks])
     if engine != "autograd":
         try:
             shape = tuple(tasks[0][0].shape)
-            recipe = _recipe(pretrained, finetuned, len(shape) == 3)
+            recipe = find_recipe(pretrained, finetuned, len(shape) == 3)
             # The program is the one of construction: check it as such, in fp32.
             materials = Materials(
                 pretrained,
                 finetuned[:1],
                 tokens=shape[1] if len(shape) == 3 else 1,
-                precision=Precision("fp32", _device(pretrained)),
-                dtype=_dtype(pretrained),
+                precision=Precision("fp32", device_of(pretrained)),
+                dtype=dtype_of(pretrained),
             )
             problem = ProgramProblem(recipe.build(materials), materials, distance=distance)
             verify(problem, materials, pretrained, finetuned[:1], shape, distance)
@@ -129,15 +129,16 @@ def bind_adaptation(
                 pretrained,
                 tasks,
                 distance=distance,
-                precision=Precision(precision, _device(pretrained)),
-                dtype=_dtype(pretrained),
+                precision=Precision(precision, device_of(pretrained)),
+                dtype=dtype_of(pretrained),
             )
         except (NotRecognised, Mismatch) as reason:
-            _fall_back(engine, pretrained, reason)
+            fall_back(engine, pretrained, reason)
     return AutogradAdaptation(pretrained, tasks, distance=distance)
 
 
-def _recipe(pretrained: nn.Module, finetuned: Sequence[nn.Module], sequences: bool) -> Recipe:
+def find_recipe(pretrained: nn.Module, finetuned: Sequence[nn.Module], sequences: bool) -> Recipe:
+    """The recipe that all the layers share; NotRecognised where there is none."""
     recipe = recognise(pretrained)
     if recipe.sequences and not sequences:
         raise NotRecognised("its tokens interact, and anchors [n, d] have none")
@@ -147,7 +148,8 @@ def _recipe(pretrained: nn.Module, finetuned: Sequence[nn.Module], sequences: bo
     return recipe
 
 
-def _fall_back(engine: str, layer: nn.Module, reason: Exception) -> None:
+def fall_back(engine: str, layer: nn.Module, reason: Exception) -> None:
+    """Say why a layer runs on the autograd engine, or that engine "program" cannot run it."""
     name = type(layer).__name__
     if engine == "program":
         raise InputError(
@@ -157,17 +159,19 @@ def _fall_back(engine: str, layer: nn.Module, reason: Exception) -> None:
     _log.warning("%s runs on the autograd engine: %s", name, reason)
 
 
-def _device(layer: nn.Module) -> torch.device:
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's parameters are."""
     return next(layer.parameters()).device
 
 
-def _dtype(layer: nn.Module) -> torch.dtype:
+def dtype_of(layer: nn.Module) -> torch.dtype:
     """float64 layers get a float64 program, all others float32."""
     wide = any(p.dtype == torch.float64 for p in layer.parameters())
     return torch.float64 if wide else torch.float32
 
 
-def _check(engine: str, precision: str, distance: str) -> None:
+def check_options(engine: str, precision: str, distance: str) -> None:
+    """Refuse an unknown engine, precision or distance."""
     if engine not in ENGINES:
         raise InputError("engine", expected=" | ".join(ENGINES), got=repr(engine))
     resolve(precision, "cpu")

@@ -9,6 +9,7 @@ from fda_fast.errors import InputError
 from fda_fast.layers.alignment import Alignment
 from fda_fast.layers.evaluation import Evaluation
 from fda_fast.layers.folded import fold_first_norm
+from fda_fast.layers.objective import Objective
 from fda_fast.layers.parameter import Materials
 from fda_fast.layers.program import Node
 from fda_fast.layers.similarity import Similarity
@@ -22,6 +23,7 @@ class ProgramProblem:
         materials: both sides of the layer; gives names, tokens, precision and dtype.
         distance: "cosine", "l2" or "l1".
         fold: fold a norm of the anchors into the Linear that follows it; the same numbers.
+        objective: another end of the program than the similarity of the two branches.
 
     Numerics: products as ``materials.precision`` says, everything else in the program's dtype.
     Cost: 7 products per Linear that reads the anchors (or their norm), 11 per Linear further in, of
@@ -29,13 +31,19 @@ class ProgramProblem:
     """
 
     def __init__(
-        self, root: Node, materials: Materials, *, distance: str = "cosine", fold: bool = True
+        self,
+        root: Node,
+        materials: Materials,
+        *,
+        distance: str = "cosine",
+        fold: bool = True,
+        objective: Objective | None = None,
     ) -> None:
         self.parameter_names = list(materials.names)
         self._root = root = fold_first_norm(root) if fold else root
         self._materials = materials
         self._alignment = Alignment(root, self.parameter_names)
-        self._similarity = Similarity(distance, materials.tokens)
+        self._similarity = objective or Similarity(distance, materials.tokens)
 
     @torch.no_grad()
     def evaluate(self, anchors: Tensor) -> Evaluation:
