@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fda_fast.curve import Curve
 from fda_fast.errors import InputError
 
 Scheme = Literal["weights", "gaussian"]
@@ -160,6 +161,7 @@ class Anchors:
         loss: alignment loss of ``tensor``: sum over parameter tensors of 1 - cosine.
         pretrained_sha256, expert_sha256: hashes of the layer's tensors in the two checkpoints
             (``fda_fast.checkpoints.hashing``); "" if unknown.
+        history: the alignment loss over the steps of construction; None if unknown.
     """
 
     tensor: Tensor
@@ -170,6 +172,7 @@ class Anchors:
     loss: float = math.nan
     pretrained_sha256: str = ""
     expert_sha256: str = ""
+    history: Curve | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically and reproducibly.
@@ -195,6 +198,8 @@ class Anchors:
             "pretrained_sha256": self.pretrained_sha256,
             "expert_sha256": self.expert_sha256,
         }
+        if self.history is not None:
+            metadata["history"] = _to_json("history", self.history.as_record())
         entry = {"dtype": "F32", "shape": dims, "data_offsets": [0, 4 * math.prod(dims)]}
         header = json.dumps({"__metadata__": metadata, _TENSOR: entry}, sort_keys=True).encode()
         header += b" " * (-len(header) % 8)
@@ -240,10 +245,21 @@ class Anchors:
         try:
             parsed = {key: json.loads(metadata[key]) for key in ("settings", "cosines")}
             loss = float(metadata["loss"])
-        except ValueError as error:
+            history = None
+            if "history" in metadata:
+                history = Curve.from_record(json.loads(metadata["history"]))
+        except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{name}: damaged metadata", got=str(error)) from error
         hashes = {key: metadata[key] for key in ("pretrained_sha256", "expert_sha256")}
-        return cls(tensor, metadata["layer"], metadata["task"], loss=loss, **parsed, **hashes)
+        return cls(
+            tensor,
+            metadata["layer"],
+            metadata["task"],
+            loss=loss,
+            history=history,
+            **parsed,
+            **hashes,
+        )
 
 
 def _to_json(what: str, value: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fda_fast.adapt import Adaptation, adapt
 from fda_fast.anchors import Anchors, init_anchors
 from fda_fast.construct import construct
+from fda_fast.curve import Curve
 from fda_fast.errors import InputError
 from fda_fast.progress import Display
 from fda_fast.settings import Settings
@@ -51,16 +52,34 @@ class TaskResult:
         loss: alignment loss of the anchors kept.
         cosines: cosine of gradient and task vector by parameter name.
         steps: steps done, where ``patience`` could end them early.
+        history: the alignment loss over the steps, if known.
     """
 
     loss: float
     cosines: Mapping[str, float]
     steps: int | None = None
+    history: Curve | None = None
 
     @classmethod
     def of(cls, anchors: Anchors) -> TaskResult:
         """What finished anchors say about themselves."""
-        return cls(anchors.loss, dict(anchors.cosines), anchors.settings.get("steps_done"))
+        steps = anchors.settings.get("steps_done")
+        return cls(anchors.loss, dict(anchors.cosines), steps, anchors.history)
+
+    def as_record(self) -> dict[str, Any]:
+        """JSON values, without what is unknown."""
+        record: dict[str, Any] = {"loss": self.loss, "cosines": dict(self.cosines)}
+        if self.steps is not None:
+            record["steps"] = self.steps
+        if self.history is not None:
+            record["history"] = self.history.as_record()
+        return record
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> TaskResult:
+        """What ``as_record`` gave."""
+        history = Curve.from_record(record["history"]) if "history" in record else None
+        return cls(record["loss"], record["cosines"], record.get("steps"), history)
 
     @property
     def mean_cosine(self) -> float:
@@ -77,6 +96,7 @@ class LayerResult:
         tasks: results by task name.
         adaptation: mean loss of an anchor in the first and in the last epoch; None without one.
         snapshots: that loss in every epoch of which a model is kept.
+        epochs: that loss in every epoch, to six digits.
         seconds: time by phase in this run; empty if an earlier run did the layer.
     """
 
@@ -84,32 +104,32 @@ class LayerResult:
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     adaptation: tuple[float, float] | None = None
     snapshots: dict[int, float] = field(default_factory=dict)
+    epochs: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def as_record(self) -> dict[str, Any]:
         """The part that is the same in every run."""
-        tasks = {}
-        for task, result in self.tasks.items():
-            tasks[task] = {"loss": result.loss, "cosines": dict(result.cosines)}
-            if result.steps is not None:
-                tasks[task]["steps"] = result.steps
+        tasks = {task: result.as_record() for task, result in self.tasks.items()}
         record = {"layer": self.layer, "tasks": tasks, "adaptation": self.adaptation}
-        return record | ({"snapshots": self.snapshots} if self.snapshots else {})
+        record |= {"snapshots": self.snapshots} if self.snapshots else {}
+        return record | ({"epochs": self.epochs} if self.epochs else {})
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> LayerResult:
         """What ``as_record`` gave."""
-        tasks = {task: TaskResult(**values) for task, values in record["tasks"].items()}
+        tasks = {task: TaskResult.from_record(found) for task, found in record["tasks"].items()}
         adaptation = record["adaptation"]
         snapshots = {int(epoch): loss for epoch, loss in record.get("snapshots", {}).items()}
-        return cls(record["layer"], tasks, tuple(adaptation) if adaptation else None, snapshots)
+        pair = tuple(adaptation) if adaptation else None
+        return cls(record["layer"], tasks, pair, snapshots, record.get("epochs", []))
 
     def at(self, epoch: int) -> LayerResult:
         """The result of a run that ended after ``epoch`` epochs."""
         adaptation = self.adaptation
         if adaptation is not None:
             adaptation = adaptation[0], self.snapshots[epoch]
-        return dataclasses.replace(self, adaptation=adaptation, snapshots={})
+        epochs = self.epochs[:epoch]
+        return dataclasses.replace(self, adaptation=adaptation, snapshots={}, epochs=epochs)
 
 
 def stable_seed(*parts: object) -> int:
@@ -215,6 +235,7 @@ def _construct_group(
             result.loss[i],
             result.cosines[i],
             steps=result.steps[i] if wanted.patience else None,
+            history=Curve.of(result.history[: result.steps[i], i].tolist()),
         )
     return made
 
@@ -227,6 +248,7 @@ def _pack(
     loss: float,
     cosines: Mapping[str, float],
     steps: int | None = None,
+    history: Curve | None = None,
 ) -> Anchors:
     done = {} if steps is None else {"steps_done": steps}
     return Anchors(
@@ -238,6 +260,7 @@ def _pack(
         loss=loss,
         pretrained_sha256=inputs.hashes[""],
         expert_sha256=inputs.hashes[task],
+        history=history,
     )
 
 

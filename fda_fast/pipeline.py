@@ -13,6 +13,7 @@ from fda_fast.anchors import Anchors
 from fda_fast.checkpoints.align import check_finite
 from fda_fast.checkpoints.hashing import hash_tensors
 from fda_fast.checkpoints.layout import LayerSpec
+from fda_fast.curve import rounded
 from fda_fast.errors import InputError
 from fda_fast.job import Job, groups_of
 from fda_fast.layerwork import (
@@ -209,6 +210,7 @@ def _optimise(
     history = adapted.history.tolist()
     result.adaptation = history[0], history[-1]
     result.snapshots = {epoch: history[epoch - 1] for epoch in job.settings.adapt.snapshots}
+    result.epochs = [rounded(loss) for loss in history]
     result.seconds["adapt"] = time.monotonic() - begun
     tensors = _stored(spec, adapted.layer)
     for epoch, layer in adapted.snapshots.items():
