@@ -253,6 +253,20 @@ def _array(machine: Machine, args: tuple[Any, ...]) -> PickledArray:
     return PickledArray()
 
 
+def _array_from_buffer(machine: Machine, args: tuple[Any, ...]) -> PickledArray:
+    """numpy's _frombuffer(bytes, dtype, shape, "C" | "F"): protocol 5."""
+    data, dtype, shape, order = args
+    if order not in ("C", "F"):
+        raise Malformed("an array in an unknown order")
+    array = PickledArray()
+    array.set_state((1, shape, dtype, order == "F", data))
+    return array
+
+
+def _dtype(machine: Machine, args: tuple[Any, ...]) -> PickledDtype:
+    return PickledDtype.of(args[0])
+
+
 def _scalar(machine: Machine, args: tuple[Any, ...]) -> int | float | bool:
     return scalar(*args)
 
@@ -287,13 +301,14 @@ REDUCERS: dict[str, Reducer] = {
     "torchvision.transforms.functional.InterpolationMode": _enumeration(
         "torchvision.transforms.functional.InterpolationMode"
     ),
-    "numpy.dtype": lambda machine, args: PickledDtype.of(args[0]),
+    "numpy.dtype": _dtype,
     **{
-        f"numpy.{package}.multiarray.{name}": reducer
+        f"numpy.{package}.{name}": reducer
         for package in ("core", "_core")
         for name, reducer in (
-            ("_reconstruct", _array),
-            ("scalar", lambda machine, args: scalar(*args)),
+            ("multiarray._reconstruct", _array),
+            ("multiarray.scalar", _scalar),
+            ("numeric._frombuffer", _array_from_buffer),
         )
     },
 }
