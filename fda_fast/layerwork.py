@@ -110,9 +110,13 @@ class LayerResult:
     def as_record(self) -> dict[str, Any]:
         """The part that is the same in every run."""
         tasks = {task: result.as_record() for task, result in self.tasks.items()}
-        record = {"layer": self.layer, "tasks": tasks, "adaptation": self.adaptation}
-        record |= {"snapshots": self.snapshots} if self.snapshots else {}
-        return record | ({"epochs": self.epochs} if self.epochs else {})
+        record: dict[str, Any] = {"layer": self.layer, "tasks": tasks}
+        record["adaptation"] = self.adaptation
+        if self.snapshots:
+            record["snapshots"] = self.snapshots
+        if self.epochs:
+            record["epochs"] = self.epochs
+        return record
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> LayerResult:
