@@ -14,6 +14,8 @@ from fda_fast.errors import InputError
 from fda_fast.ops import coefficients
 
 Weights = nn.Module | Mapping[str, Tensor]
+Alpha = float | Mapping[str, float]
+"""First value of the coefficients of a task vector: one, or one by parameter name."""
 DEFAULT_LR = {"weights": 1e-5, "coefficients": 1e-2}
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -38,7 +40,7 @@ def adapt(
     tasks: Sequence[tuple[Tensor, nn.Module]],
     *,
     mode: str = "weights",
-    start: Weights | Sequence[tuple[Weights, float]] | None = None,
+    start: Weights | Sequence[tuple[Weights, Alpha]] | None = None,
     epochs: int = 100,
     lr: float | None = None,
     batch_size: int = 128,
@@ -62,7 +64,7 @@ def adapt(
         start: where to begin. For "weights": a module or state dict, default ``layer``.
             For "coefficients": [(module or state dict theta_k, initial alpha_k), ...], default
             the tasks' fine-tuned layers at 0.3 (Task Arithmetic); a model merged by TSV-M or
-            WUDI is one entry with alpha 1.
+            WUDI is one entry with alpha 1. An alpha may also be one number by parameter name.
         epochs: passes over all anchors, shuffled across tasks.
         lr: Adam's learning rate; default 1e-5 for "weights", 1e-2 for "coefficients".
         batch_size: anchors in a step.
@@ -147,7 +149,7 @@ def _train(
 def _weights_stepper(
     problem: layers.AdaptationProblem,
     layer: nn.Module,
-    start: Weights | Sequence[tuple[Weights, float]] | None,
+    start: Weights | Sequence[tuple[Weights, Alpha]] | None,
     lr: float,
 ) -> Callable[[int], None]:
     """Adam on theta = theta_0 + delta; training delta keeps small changes in full precision."""
@@ -175,7 +177,7 @@ def _coefficients_stepper(
     problem: layers.AdaptationProblem,
     layer: nn.Module,
     tasks: Sequence[tuple[Tensor, nn.Module]],
-    start: Weights | Sequence[tuple[Weights, float]] | None,
+    start: Weights | Sequence[tuple[Weights, Alpha]] | None,
     lr: float,
 ) -> Callable[[int], None]:
     """Adam on elementwise alpha_k of theta_0 + sum_k alpha_k tau_k."""
@@ -188,12 +190,13 @@ def _coefficients_stepper(
             got=type(start).__name__,
         )
     differences = [_difference(layer, weights) for weights, _ in start]
-    scales = [alpha for _, alpha in start]
+    alphas = [alpha for _, alpha in start]
     state: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
     for name, delta in problem.deltas.items():
         tau = torch.stack([d[name] for d in differences]).to(delta)
         if not tau.any():
             continue  # no alpha has a gradient here: the tensor stays pretrained
+        scales = [alpha if isinstance(alpha, int | float) else alpha[name] for alpha in alphas]
         shape = (len(scales), *[1] * delta.dim())
         alpha = tau.new_tensor(scales).view(shape).expand_as(tau).contiguous()
         delta.copy_((alpha * tau).sum(0))

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from fda_fast.conditional import TensorSetting, chain, covers
 from fda_fast.errors import InputError
 from fda_fast.references import absolute
 
@@ -128,7 +129,7 @@ class _Strict(BaseModel):
 class ModelParameters(_Strict):
     """Parameters of one expert."""
 
-    weight: Finite | None = None
+    weight: TensorSetting | None = None
 
 
 class ModelEntry(_Strict):
@@ -151,9 +152,10 @@ class Parameters(_Strict):
     Attributes:
         preset: published settings by model: see ``presets.PRESETS``; default: by the base model.
         start: where adaptation begins.
-        weight: of every expert in Task Arithmetic, unless it has its own; default 1.
-        scaling: factor of the merged task vector (mergekit's ``lambda``); by the preset, or 1,
-            as in mergekit, where weights are given.
+        weight: of every expert in Task Arithmetic, unless it has its own; default 1. As in
+            mergekit one number, a gradient over the layers, or filters by tensor name.
+        scaling: factor of the merged task vector (mergekit's ``lambda``), in the same forms; by
+            the preset, or 1, as in mergekit, where weights are given.
         init: anchors from rows of the expert's weights, or Gaussian.
         anchors: number n of anchors per task and layer.
         tokens: tokens T per anchor (whole blocks only).
@@ -181,8 +183,10 @@ class Parameters(_Strict):
 
     preset: str | None = None
     start: Start | None = None
-    weight: Finite | None = None
-    scaling: Finite | None = Field(default=None, validation_alias=AliasChoices("scaling", "lambda"))
+    weight: TensorSetting | None = None
+    scaling: TensorSetting | None = Field(
+        default=None, validation_alias=AliasChoices("scaling", "lambda")
+    )
     init: Literal["weights", "gaussian"] | None = None
     anchors: Count | None = None
     tokens: Count | None = None
@@ -267,6 +271,13 @@ class MergeConfig(_Strict):
                 "weight needs merge_method or start task_arithmetic; TSV-M and WUDI weigh "
                 "the task vectors themselves, and a pretrained start uses none"
             )
+        for entry in self.models:
+            whole = chain(entry.parameters.weight, self.parameters.weight)
+            if whole is not None and not covers(whole):
+                raise ValueError(
+                    f"weight of {entry.model}: end its filters with {{value: ...}} for the tensors "
+                    "that none of them takes"
+                )
         return self
 
     @property

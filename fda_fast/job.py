@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 from fda_fast.checkpoints.align import ExpertView, match_expert
 from fda_fast.checkpoints.layout import LayerSpec, ModelLayout
 from fda_fast.checkpoints.reader import Checkpoint
+from fda_fast.conditional import layer_positions
 from fda_fast.config import MergeConfig
 from fda_fast.errors import InputError
 from fda_fast.ops import dispatch
@@ -75,6 +77,11 @@ class Job:
         """The folder of anchors that adaptation uses beside the constructed ones."""
         folder = self.config.parameters.extra_anchors
         return None if folder is None or not self.settings.optimises else Path(folder)
+
+    @cached_property
+    def positions(self) -> dict[str, float]:
+        """Depth of the base's tensors in numbered layers, see ``conditional.layer_positions``."""
+        return layer_positions(self.base.names)
 
     @property
     def layers(self) -> list[LayerSpec]:

@@ -18,6 +18,7 @@ from fda_fast.checkpoints.align import check_finite
 from fda_fast.checkpoints.card import hub_name, model_card
 from fda_fast.checkpoints.outputs import check_disk, sync_directory
 from fda_fast.checkpoints.writer import MergedWriter
+from fda_fast.conditional import plain_setting
 from fda_fast.job import Job
 from fda_fast.layerwork import LayerResult
 from fda_fast.lora import LoraWriter
@@ -272,7 +273,7 @@ def _public_config(job: Job) -> str:
         if file_name(model["model"].rsplit("/", 1)[-1]) != name:
             model["name"] = name
         if entry.parameters.weight is not None:
-            model["parameters"] = {"weight": entry.parameters.weight}
+            model["parameters"] = {"weight": plain_setting(entry.parameters.weight)}
         models.append(model)
     content: dict[str, Any] = {
         "merge_method": job.config.merge_method,

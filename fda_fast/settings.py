@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fda_fast.conditional import Setting, chain, evaluate
 from fda_fast.config import MergeConfig, Parameters, suggestion
 from fda_fast.errors import InputError
 from fda_fast.presets import (
@@ -34,11 +35,14 @@ class Settings:
         construct: construction's settings.
         adapt: adaptation's settings.
         starting: the starting point's settings.
-        weights: factor of every expert's task vector in Task Arithmetic.
+        weights: factor of every expert's task vector in Task Arithmetic, which may differ
+            between tensors: see ``factors``.
         outside: where tensors outside the layers come from, "pretrained" or "start".
         engine: "auto", "program" or "autograd".
         precision: "auto", "fp32", "tf32" or "bf16".
         dtype: name of the written dtype, None for the base's own.
+        scaling: factor of the merged task vector where it differs between tensors; None: it is
+            ``starting.scaling``.
     """
 
     method: str
@@ -48,11 +52,31 @@ class Settings:
     construct: ConstructSettings
     adapt: AdaptSettings
     starting: StartSettings
-    weights: tuple[float, ...]
+    weights: tuple[Setting, ...]
     outside: Literal["pretrained", "start"]
     engine: str
     precision: str
     dtype: str | None
+    scaling: Setting | None = None
+
+    def factor(self, name: str, position: float) -> float:
+        """Factor of the merged task vector of one tensor.
+
+        Args:
+            name: of the tensor in the base.
+            position: depth of its layer, see ``conditional.layer_positions``.
+        """
+        if self.scaling is None:
+            return self.starting.scaling
+        found = evaluate(self.scaling, name, position)
+        return self.starting.scaling if found is None else found
+
+    def factors(self, name: str, position: float) -> list[float]:
+        """Factors of the experts' task vectors of one tensor in Task Arithmetic."""
+        weights = [evaluate(weight, name, position) for weight in self.weights]
+        return [
+            self.factor(name, position) * (1.0 if weight is None else weight) for weight in weights
+        ]
 
     @property
     def optimises(self) -> bool:
@@ -179,13 +203,16 @@ def resolve(config: MergeConfig, preset: Preset, scope: Scope) -> Settings:
         adapt = dataclasses.replace(adapt, epochs=given.epochs[-1], snapshots=given.epochs)
     elif given.epochs is not None:
         adapt = dataclasses.replace(adapt, epochs=given.epochs)
-    starting = _replace(preset.start(start), given, {"scaling": "scaling"})
+    starting = preset.start(start)
+    if isinstance(given.scaling, float):
+        starting = dataclasses.replace(starting, scaling=given.scaling)
     if given.scaling is not None and start == "pretrained":
         raise InputError(
             "scaling has no meaning with start: pretrained",
             fix="Choose start: task_arithmetic, tsv or wudi.",
         )
-    if given.scaling is None and start == "task_arithmetic" and config.weighted:
+    plain = given.scaling is None or isinstance(given.scaling, tuple)
+    if plain and start == "task_arithmetic" and config.weighted:
         starting = dataclasses.replace(starting, scaling=1.0)  # mergekit's lambda
     if adapt.per_task:
         adapt = dataclasses.replace(adapt, coefficient=starting.scaling)
@@ -202,6 +229,7 @@ def resolve(config: MergeConfig, preset: Preset, scope: Scope) -> Settings:
         engine=given.engine,
         precision=given.precision,
         dtype=config.written_dtype,
+        scaling=given.scaling if isinstance(given.scaling, tuple) else None,
     )
 
 
@@ -212,12 +240,9 @@ def _replace(settings: Any, given: Parameters, fields: Mapping[str, str]) -> Any
     )
 
 
-def _weights(config: MergeConfig) -> tuple[float, ...]:
-    default = 1.0 if config.parameters.weight is None else config.parameters.weight
-    return tuple(
-        default if entry.parameters.weight is None else entry.parameters.weight
-        for entry in config.models
-    )
+def _weights(config: MergeConfig) -> tuple[Setting, ...]:
+    chains = (chain(e.parameters.weight, config.parameters.weight) for e in config.models)
+    return tuple(1.0 if weight is None else weight for weight in chains)
 
 
 def _outside(config: MergeConfig, preset: Preset) -> Literal["pretrained", "start"]:

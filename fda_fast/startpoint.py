@@ -69,9 +69,10 @@ def merged_tensor(job: Job, name: str) -> Tensor:
 def _merge(job: Job, name: str, pretrained: Tensor, deltas: list[Tensor]) -> Tensor:
     settings = job.settings
     assert settings.start != "pretrained"
-    scaling: float | list[float] = settings.starting.scaling
+    position = job.positions.get(name, 0.0)
+    scaling: float | list[float] = settings.factor(name, position)
     if settings.start == "task_arithmetic":
-        scaling = [settings.starting.scaling * weight for weight in settings.weights]
+        scaling = settings.factors(name, position)
     return merge_tensor(
         settings.start,
         name,
@@ -101,7 +102,7 @@ def _merged_layer(job: Job, spec: LayerSpec, inputs: LayerInput) -> dict[str, Te
 
 def adaptation_start(
     job: Job, spec: LayerSpec, inputs: LayerInput
-) -> list[tuple[nn.Module | Mapping[str, Tensor], float]] | None:
+) -> list[tuple[nn.Module | Mapping[str, Tensor], float | Mapping[str, float]]] | None:
     """Where adaptation of a layer begins, as ``adapt`` takes it.
 
     None for the pretrained layer with all weights free. For coefficients one entry per expert
@@ -111,9 +112,12 @@ def adaptation_start(
     if settings.start == "pretrained":
         return None
     if settings.adapt.per_task:
-        layers = inputs.finetuned.values()
+        factors = {
+            local: settings.factors(name, job.positions.get(name, 0.0))
+            for local, name in spec.parameters.items()
+        }
         return [
-            (layer, settings.adapt.coefficient * weight)
-            for layer, weight in zip(layers, settings.weights, strict=True)
+            (layer, {local: values[k] for local, values in factors.items()})
+            for k, layer in enumerate(inputs.finetuned.values())
         ]
     return [(_merged_layer(job, spec, inputs), settings.adapt.coefficient)]

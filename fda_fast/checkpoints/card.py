@@ -47,7 +47,8 @@ def model_card(
     sources = [hub_name(base), *(hub_name(expert) for expert in named.values())]
     lines = ["---", "base_model:"]
     lines += [f"- {json.dumps(name, ensure_ascii=False)}" for name in dict.fromkeys(sources)]
-    lines += ["library_name: transformers", "tags:", "- fda", "- merge", "---", ""]
+    lines += ["library_name: transformers", "tags:", "- fda", "- mergekit", "- merge"]
+    lines += ["---", ""]
     lines += [f"# {_inline(title)}", ""]
     lines += [
         f"A merge of {len(named)} fine-tuned models by {_inline(method)}, made with fda_fast "

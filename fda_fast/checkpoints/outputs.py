@@ -39,7 +39,7 @@ SIDE_FILES = (
     "NOTICE",
 )
 # What a directory under construction may hold.
-_FIXED = (r"config\.json", r"README\.md", r"fda_config\.yml")
+_FIXED = (r"config\.json", r"README\.md", r"(fda|mergekit)_config\.yml")
 _SHARD = r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 _OURS = re.compile("|".join([_SHARD, *_FIXED, *(re.escape(n.split("/")[0]) for n in SIDE_FILES)]))
 # Room for what is written beside the weights, and for file systems that are never quite full.

@@ -140,7 +140,8 @@ class MergedWriter:
 
         Args:
             card: README.md (see ``checkpoints.card.model_card``).
-            config_yaml: the merge configuration, written as fda_config.yml; "" writes none.
+            config_yaml: the merge configuration, written as fda_config.yml and, for tools that
+                know merges of mergekit, as mergekit_config.yml; "" writes none.
 
         Returns:
             The output directory.
@@ -158,7 +159,9 @@ class MergedWriter:
         self._write_config()
         (self._scratch / "README.md").write_text(card, encoding="utf-8")
         if config_yaml:
-            (self._scratch / "fda_config.yml").write_text(config_yaml, encoding="utf-8")
+            # mergekit's own name for it too: tools of the Hub look for that one.
+            for name in ("fda_config.yml", "mergekit_config.yml"):
+                (self._scratch / name).write_text(config_yaml, encoding="utf-8")
         for path in self._scratch.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as stream:

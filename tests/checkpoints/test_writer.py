@@ -272,7 +272,7 @@ def test_model_card(family: Family, tmp_path: Path) -> None:
     assert yaml.safe_load(front) == {
         "base_model": ["org/base-model", "one", "one|<b>"],
         "library_name": "transformers",
-        "tags": ["fda", "merge"],
+        "tags": ["fda", "mergekit", "merge"],
     }
     assert "| a\\|b | x y |" in body
     assert "&lt;b>" in body
