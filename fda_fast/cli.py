@@ -1,4 +1,4 @@
-"""The command line: fda-fast merge | construct | adapt | plan | inspect."""
+"""The command line: fda-fast merge | construct | adapt | plan | inspect | official."""
 
 from __future__ import annotations
 
@@ -276,6 +276,21 @@ def inspect(
     from fda_fast.inspection import show
 
     show(path)
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+@_guarded
+def official(context: typer.Context) -> None:
+    """The published FDA scripts: vision|nlu|nlg construct|adapt, then their own flags."""
+    from fda_fast.compat.official.commands import main as run
+
+    raise typer.Exit(run(context.args))
 
 
 def _print_report(report: Any) -> None:

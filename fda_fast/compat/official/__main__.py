@@ -1,8 +1,9 @@
-"""``python -m fda_fast.compat.official``: see ``commands``."""
+"""``python -m fda_fast.compat.official ...`` is ``fda-fast official ...``."""
 
 import sys
 
-from fda_fast.compat.official.commands import main
+from fda_fast.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.argv[1:1] = ["official"]
+    main()
