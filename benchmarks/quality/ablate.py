@@ -23,10 +23,6 @@ from common import RESULTS, cpu_model, slug, write_json
 from run import STARTS, Runner, load_suite
 from suite import mean
 from trajectory import KEPT
-from vision import VisionSuite
-
-STEPS = 200
-"""Steps of construction wherever steps are not what is varied."""
 
 
 @dataclass
@@ -36,20 +32,20 @@ class Variant:
     label: str
     construct: dict[str, Any] = field(default_factory=dict)
     adapt: dict[str, Any] = field(default_factory=dict)
-    at: int = STEPS
+    at: int | None = None
 
 
 DISTANCES = ("cosine", "l2", "l1")
 FP32 = {"precision": "fp32"}
 ABLATIONS: dict[str, list[Variant]] = {
     "steps": [
-        Variant(f"{init} {step if step > 1 else 0}", {"init": init}, at=step)
-        for init in ("weights", "gaussian")
+        Variant(f"{init} {step if step > 1 else 0}", {"init": init, "steps": last}, at=step)
+        for init, last in (("weights", 1200), ("gaussian", 200))
         for step in KEPT
-        if step <= VisionSuite.steps
+        if step <= last
     ],
     "anchors": [Variant(str(n), {"anchors": n}) for n in (8, 16, 32, 64, 128)],
-    "tokens": [Variant(str(tokens), {"tokens": tokens}) for tokens in (1, 2, 4, 6, 12)],
+    "tokens": [Variant(str(tokens), {"tokens": tokens}) for tokens in (1, 2, 5, 10)],
     "sigma": [
         Variant(f"{scale:g}", {"init": "gaussian", "scale": scale})
         for scale in (1e-4, 1e-2, 1.0, 10.0)
@@ -76,11 +72,11 @@ ABLATIONS: dict[str, list[Variant]] = {
         Variant("no decay", {"weight_decay": 0.0}),
     ],
     "patience": [
-        Variant("none, 1200 steps", at=VisionSuite.steps),
+        Variant("none, 1200 steps", {"steps": 1200}),
         *(
-            Variant(f"{patience}, {tolerance:g}", {"patience": patience, "tolerance": tolerance},
-                    at=VisionSuite.steps)
-            for patience, tolerance in ((20, 1e-2), (50, 1e-2), (50, 1e-3))
+            Variant(f"{patience}, {tolerance:g}",
+                    {"steps": 1200, "patience": patience, "tolerance": tolerance})
+            for patience, tolerance in ((10, 3e-2), (20, 1e-2))
         ),
     ],
     "sign": [Variant("published code"), Variant("Eq. 1 as printed", {"sign": "paper"})],
@@ -111,7 +107,9 @@ class Ablation:
                                "adapt": variant.adapt, "at": variant.at}  # fmt: skip
         found: dict[str, list[float]] = {k: [] for k in ("loss", "seconds", "steps", *STARTS)}
         for seed in range(seeds):
-            anchors, record = self._anchors(variant, seed)
+            anchors, record = methods.construct(
+                self.runner.suite, seed, at=variant.at, **variant.construct
+            )
             for key in ("loss", "seconds", "steps"):
                 found[key].append(record[key])
             source = {**variant.construct, "at": variant.at, "seed": seed}
@@ -120,13 +118,6 @@ class Ablation:
                 unit = self.runner.fda(start, anchors, source, settings)
                 found[start].append(mean(unit["scores"]))
         return row | {key: values for key, values in found.items() if values}
-
-    def _anchors(self, variant: Variant, seed: int) -> tuple[Any, dict[str, Any]]:
-        """The suite's own trajectory where nothing of it changes, else a shorter one."""
-        whole = not (variant.construct.keys() - {"init"})
-        steps = VisionSuite.steps if whole else variant.at
-        changed = {**variant.construct, "steps": steps}
-        return methods.construct(self.runner.suite, seed, at=variant.at, **changed)
 
 
 def main() -> None:

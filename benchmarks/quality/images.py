@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import pickle
 import struct
@@ -125,10 +126,9 @@ def load_task(name: str) -> ImageTask:
     order = order[np.sort(first)]
     x, y = x[order], y[order]
     # Small sets keep their proportions: a seventh for validation, a quarter for the test.
-    validation = min(VALIDATION, len(x) // 7)
-    test = min(TEST, len(x) // 4)
-    ends = [validation, validation + test, min(len(x), validation + test + TRAIN)]
-    parts = [_images(x[a:b], y[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    sizes = [min(VALIDATION, len(x) // 7), min(TEST, len(x) // 4)]
+    ends = np.cumsum([0, *sizes, min(TRAIN, len(x) - sum(sizes))])
+    parts = [_images(x[a:b], y[a:b]) for a, b in itertools.pairwise(ends)]
     return ImageTask(int(y.max()) + 1, train=parts[2], validation=parts[0], test=parts[1])
 
 

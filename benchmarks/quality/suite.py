@@ -46,6 +46,8 @@ def published(preset: str) -> dict[str, dict[str, Any]]:
             "epochs": settings.epochs,
             "batch_size": settings.batch_size,
         }
+        if start != "pretrained":
+            found[start]["scaling"] = get_preset(preset).start(start).scaling
     return found
 
 
@@ -82,6 +84,10 @@ class Suite(ABC):
     @abstractmethod
     def accuracy(self, model: nn.Module, task: str, split: str) -> float:
         """Share of a split ("validation" or "test") that is right with the task's head."""
+
+    @abstractmethod
+    def count(self, task: str, split: str) -> int:
+        """Number of examples in a split."""
 
     @abstractmethod
     def run_training_inputs(self, model: nn.Module, task: str, count: int) -> None:
@@ -164,8 +170,3 @@ class Suite(ABC):
 def mean(scores: Scores) -> float:
     """Average over tasks, in per cent."""
     return 100 * statistics.fmean(scores.values())
-
-
-def normalised(scores: Scores, experts: Scores) -> float:
-    """Average over tasks of accuracy / the expert's own accuracy, in per cent."""
-    return 100 * statistics.fmean(scores[task] / experts[task] for task in experts)

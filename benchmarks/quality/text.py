@@ -132,6 +132,9 @@ class TextSuite(Suite):
     def accuracy(self, model: nn.Module, task: str, split: str) -> float:
         return accuracy(model, self.heads[task], self.texts[task, split])
 
+    def count(self, task: str, split: str) -> int:
+        return sum(map(len, self.texts[task, split].labels))
+
     @torch.no_grad()
     def run_training_inputs(self, model: nn.Module, task: str, count: int) -> None:
         # Batches are sorted by length: the longest texts fill the tokens that are drawn.
