@@ -16,6 +16,7 @@ from fda_fast.checkpoints.layout import LayerSpec
 from fda_fast.curve import rounded
 from fda_fast.errors import InputError
 from fda_fast.job import Job, groups_of
+from fda_fast.layers.factored import attach_factors
 from fda_fast.layerwork import (
     LayerInput,
     LayerResult,
@@ -58,6 +59,9 @@ def read_layer(
         if tasks is None or task in tasks:
             tensors = view.read(stored, pretrained=base)
             finetuned[task] = job.layout.build(spec, _local(spec, tensors))
+            factors = view.factors(stored)
+            local = {n: factors[b] for n, b in spec.parameters.items() if b in factors}
+            attach_factors(finetuned[task], local)
     del base
     unchanged = {task for task, layer in finetuned.items() if is_unchanged(pretrained, layer)}
     hashes = {"": hash_tensors(dict(pretrained.named_parameters()))}

@@ -98,11 +98,34 @@ class AdapterSource:
         vectors |= {name: torch.zeros(self._base.names[name].shape) for name in unchanged}
         return {name: vectors[name] for name in names}
 
+    def factors(self, names: list[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """(left [m, r], right [r, n]) of every matrix's task vector; r is 0 for an unchanged one.
+
+        Float32, laid out as the base's tensors. Without those that the adapter gives whole.
+        """
+        wanted = [
+            n for n in names if n not in self._replaced and len(self._base.names[n].shape) == 2
+        ]
+        parts = self._read_parts(wanted)
+        found = {}
+        for name in wanted:
+            if name not in self._low_rank:
+                m, n = self._base.names[name].shape
+                found[name] = torch.zeros(m, 0), torch.zeros(0, n)
+                continue
+            target = self._low_rank[name]
+            a, b = parts[target.a].float(), parts[target.b].float() * target.scaling
+            found[name] = (a.T, b.T) if target.transposed else (b, a)
+        return found
+
+    def _read_parts(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """A and B of the targets among these, by their names in the adapter."""
+        targets = [self._low_rank[name] for name in names if name in self._low_rank]
+        return self._expert.read(part for target in targets for part in (target.a, target.b))
+
     def _deltas(self, names: list[str]) -> dict[str, torch.Tensor]:
         names = [name for name in names if name in self._low_rank]
-        parts = self._expert.read(
-            part for name in names for part in (self._low_rank[name].a, self._low_rank[name].b)
-        )
+        parts = self._read_parts(names)
         deltas = {}
         for name in names:
             target = self._low_rank[name]

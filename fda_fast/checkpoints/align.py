@@ -117,6 +117,19 @@ class ExpertView:
             check_finite(name, tensor, self.role)
         return tensors
 
+    def factors(self, names: Iterable[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Thin factors of the task vectors of matrices, by base name; none but for an adapter.
+
+        Args:
+            names: base names.
+
+        Returns:
+            {name: (left [m, r], right [r, n])}, float32: their product is the task vector.
+        """
+        if not isinstance(self._source, adapters.AdapterSource):
+            return {}
+        return self._source.factors(list(names))
+
 
 def match_expert(
     base: Checkpoint,

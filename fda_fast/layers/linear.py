@@ -5,6 +5,9 @@
     tangent   t_y = t W^T + x M^T + M_c  x M^T = alpha x T^T + beta x G^T
     reverse   S_x = S W + (b + alpha g) T + beta g G,   b_x = b W_f
 
+Where T is known as B A with B [o, q], A [q, i] thin (LoRA experts), products with T and W_f are
+products with W, which all tasks share, and with A and B: neither T nor W_f exists then.
+
 M = alpha T + beta G is never formed: x T^T is there from the forward sweep, and alpha g T joins
 b T. <G, T> = <g, x T^T> needs no pass over the weights.
 
@@ -33,6 +36,8 @@ from fda_fast.ops import alignment, memory
 
 # [R, R] products are smaller and run at a lower rate: the Gram form has to win by this factor.
 _GRAM_MARGIN = 0.8
+# Thin products run at a lower rate than square ones: factors have to win by this factor.
+_FACTORED = 2
 
 
 class Linear(Node):
@@ -49,6 +54,8 @@ class Linear(Node):
     _W: Any  # [o, i]
     _T: Any  # [K, o, i]
     _W_f: Any  # [K, o, i], formed when first needed
+    _B: Any  # [K, o, q] and [K, q, i] with T = B A, in place of T and W_f; or None
+    _A: Any
     _c: Tensor | None  # [o]
     _t_c: Any  # [K, o] or None
     # Kept between sweeps; _op is the operand form.
@@ -81,7 +88,7 @@ class Linear(Node):
         self.tasks = self.weights[0].tasks
         self._present = [bias for bias in self.biases if bias is not None]
         self._merged = self.weights[0].merged
-        self._W = None
+        self._W = self._A = self._B = None
         self.release()
 
     def _read_values(self) -> None:
@@ -92,9 +99,31 @@ class Linear(Node):
         self._W_f = None
         self._T = self._t_c = None
         if not self._merged:
-            T = _pack([w.delta() for w in self.weights], 1)
-            self._T = self.precision.operand(T)
+            self._B, self._A = self._factors()
+            if self._A is None:
+                T = _pack([w.delta() for w in self.weights], 1)
+                self._T = self.precision.operand(T)
             self._t_c = self._bias_rows(lambda bias: bias.delta())
+
+    def _factors(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """B and A of all segments together, if known and cheaper than T; B is block-diagonal."""
+        # Reduced precisions would round three times where T is rounded once.
+        if self.precision.name != "fp32" or self.weights[0].master is not None:
+            return None, None
+        found = [weight.factors() for weight in self.weights]
+        known = [pair for pair in found if pair is not None]
+        rank = sum(pair[1].shape[1] for pair in known)
+        width, inputs = sum(self.widths), self.weights[0].shape[1]
+        if len(known) < len(found) or _FACTORED * rank * (width + inputs) > width * inputs:
+            return None, None
+        A = _pack([pair[1] for pair in known], 1)
+        B = A.new_zeros((self.tasks, width, rank))
+        row = column = 0
+        for part, _ in known:
+            rows, columns = part.shape[1:]
+            B[:, row : row + rows, column : column + columns] = part
+            row, column = row + rows, column + columns
+        return B, A
 
     def _bias_rows(self, read: Callable[[Parameter], Tensor]) -> Tensor | None:
         """The segments' bias tensors side by side, zero where a segment has none."""
@@ -147,6 +176,30 @@ class Linear(Node):
         out = memory.empty((a.shape[0], a.shape[1], B.shape[2]), self._like)
         return self.precision.matmul(a, B, out)
 
+    def _along_T(self, a: Tensor, out: Tensor | None = None) -> Tensor:
+        """a [K, R, i] times T^T; added to ``out`` if given."""
+        if self._A is None:
+            return self._batched(a, self._T.mT, out)
+        return self._batched(self._batched(a, self._A.mT), self._B.mT, out)
+
+    def _back_T(self, a: Tensor, out: Tensor) -> Tensor:
+        """a [K, R, o] times T, added to ``out``."""
+        if self._A is None:
+            return self._batched(a, self._T, out)
+        return self._batched(self._batched(a, self._B), self._A, out)
+
+    def _along_tuned(self, a: Tensor, out: Tensor) -> Tensor:
+        """a [K, R, i] times W_f^T, added to ``out``."""
+        if self._A is None:
+            return self._batched(a, self._tuned_weight().mT, out)
+        return self._along_T(a, self._shared(a, self._W.t(), out))
+
+    def _back_tuned(self, a: Tensor) -> Tensor:
+        """a [K, R, o] times W_f."""
+        if self._A is None:
+            return self._batched(a, self._tuned_weight())
+        return self._back_T(a, self._shared(a, self._W))
+
     def forward(self, x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See ``Node.forward``."""
         if self._W is None:
@@ -165,13 +218,13 @@ class Linear(Node):
     def _forward_difference(self, dx: Tensor | None) -> Tensor | None:
         if self._merged:
             return None
-        dy = self._xT = self._batched(self._x_op, self._T.mT)
+        dy = self._xT = self._along_T(self._x_op)
         if self._t_c is not None:
             dy = torch.add(dy, self._t_c.unsqueeze(1), out=memory.empty(dy.shape, dy))
         if dx is not None:
             if dy is self._xT:
                 dy = memory.empty(dy.shape, dy).copy_(dy)
-            self._batched(self.precision.operand(dx), self._tuned_weight().mT, dy)
+            self._along_tuned(self.precision.operand(dx), dy)
         return dy
 
     def backward(self, g: Tensor, need_input: bool) -> Tensor | None:
@@ -267,9 +320,9 @@ class Linear(Node):
         else:
             self._batched(self._GG, self._x_op, S_x)
         merged = alignment.mix(torch.ones_like(alpha), b, alpha, self._g, self.widths)
-        self._batched(operand(merged), self._T, S_x)
+        self._back_T(operand(merged), S_x)
         self.release()
-        return S_x, self._batched(operand(b), self._tuned_weight()) if need_b else None
+        return S_x, self._back_tuned(operand(b)) if need_b else None
 
     def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
         """See ``Node.adjoint``."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fda_fast.errors import InputError
+from fda_fast.layers.factored import Factors, factors_of, square_norm, stack
 from fda_fast.layers.precision import Precision
 
 
@@ -31,6 +32,8 @@ class Parameter:
             gradients are unaffected.
         zero_gradient: G is identically zero by structure (the key bias of softmax attention without
             rotary embedding). Such a tensor contributes the constant 1 to L and is left out of M.
+        factors: of each task's difference, where it is known as a product (``layers.factored``),
+            laid out as in the module.
         merged: of an adaptation: the program has one set of weights, pretrained + master, and no
             differences (no ``delta``), instead of both apart.
         dtype: of everything handed to nodes; float32 or float64.
@@ -46,6 +49,7 @@ class Parameter:
         transposed: bool = False,
         offset: float = 0.0,
         zero_gradient: bool = False,
+        factors: Sequence[Factors | None] = (),
         merged: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -75,6 +79,7 @@ class Parameter:
             self._pretrained = self._pretrained.to(self.device, dtype)
             self.master = torch.zeros_like(self._pretrained, memory_format=torch.contiguous_format)
             self.grad = torch.zeros_like(self.master)
+        self._factors = list(factors) if factors else [None] * self.tasks
         self._square: Tensor | None = None
         self._live: Any = None  # pretrained + master, if merged
 
@@ -107,12 +112,28 @@ class Parameter:
         base = self._laid_out(self._pretrained)
         out = torch.empty((self.tasks, *self.shape), dtype=self.dtype, device=self.device)
         for k, finetuned in enumerate(self._finetuned):
+            known = self._factors[k]
+            if known is not None:
+                left, right = (f.to(self.device, self.dtype) for f in known)
+                out[k] = self._laid_out(left @ right)
+                continue
             tuned = self._laid_out(finetuned)
             wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
             out[k] = tuned.to(wide) - base.to(wide)
         norms = torch.linalg.vector_norm(out.flatten(1), dim=1, dtype=torch.float64)
         self._square = norms.square().to(self.dtype)
         return out
+
+    def factors(self) -> Factors | None:
+        """B [K, o, r] and A [K, r, i] of every difference, for a parameter [o, i]; None if unknown.
+
+        ``delta()`` is B A to rounding.
+        """
+        known = [pair for pair in self._factors if pair is not None]
+        if len(known) < self.tasks:
+            return None
+        left, right = stack(known, self.dtype, self.device)
+        return (right.mT, left.mT) if self.transposed else (left, right)
 
     def tuned(self) -> Tensor:
         """The K fine-tuned values [K, *shape]; the module's own storage where possible."""
@@ -131,7 +152,11 @@ class Parameter:
     def square(self) -> Tensor:
         """|T|^2 of each task, [K], summed in float64 and given in the program's dtype."""
         if self._square is None:
-            self.delta()
+            factors = self.factors()
+            if factors is None:
+                self.delta()
+            else:
+                self._square = square_norm(*factors).to(self.dtype)
         assert self._square is not None, "an adaptation has no task vectors"
         return self._square
 
@@ -169,6 +194,7 @@ class Materials:
         self.names = [name for name, _ in pretrained.named_parameters()]
         self._pretrained = dict(pretrained.named_parameters())
         self._finetuned = None
+        self._layers = [] if finetuned is None else list(finetuned)
         if finetuned is not None:
             self._finetuned = [dict(layer.named_parameters()) for layer in finetuned]
             for k, tensors in enumerate(self._finetuned):
@@ -191,6 +217,7 @@ class Materials:
     ) -> Parameter:
         """The parameter of that name in ``named_parameters()``; arguments as in ``Parameter``."""
         tuned = None if self._finetuned is None else [f[name] for f in self._finetuned]
+        factors = [factors_of(layer, name) for layer in self._layers]
         parameter = Parameter(
             name,
             self._pretrained[name],
@@ -198,6 +225,7 @@ class Materials:
             transposed=transposed,
             offset=offset,
             zero_gradient=zero_gradient,
+            factors=factors,
             merged=self.merged,
             dtype=self.dtype,
             device=self.device,

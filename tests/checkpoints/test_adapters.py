@@ -101,6 +101,14 @@ def test_equals_merge_and_unload(family: Family, tmp_path: Path, case: str) -> N
     assert set(view.unchanged) == set(view.base.names) - changed
     at_hand = view.task_vectors(view.changed, theta0)
     assert all(torch.equal(at_hand[n], vectors[n]) for n in view.changed)
+    factors = view.factors(view.base.names)
+    for tensor, (left, right) in factors.items():
+        torch.testing.assert_close(left @ right, vectors[tensor], rtol=1e-5, atol=1e-7)
+        assert left.shape[1] < 16 and (left.shape[1] > 0) == bool(vectors[tensor].any())
+    whole = {name for name in view.base.names if name not in factors}
+    # These two hold some matrices whole, the embeddings because peft saves them along.
+    matrices = {name for name in whole if vectors[name].dim() == 2}
+    assert bool(matrices) == (case in ("whole modules", "embeddings"))
 
 
 def test_task_vector_is_the_exact_product(family: Family, tmp_path: Path) -> None:
