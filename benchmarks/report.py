@@ -1,7 +1,7 @@
-"""Write the README's tables from the committed result files.
+"""Write the tables of the README and of docs/evidence.md from the committed result files.
 
-    python benchmarks/report.py            # rewrites README.md between its markers
-    python benchmarks/report.py --check    # fails if that would change it
+    python benchmarks/report.py            # rewrites both between their markers
+    python benchmarks/report.py --check    # fails if that would change them
 
 A marker pair `<!-- begin: NAME -->` ... `<!-- end: NAME -->` is filled by the function of that name
 below, from results/<machine>/NAME.json of every machine that has one.
@@ -21,7 +21,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-sys.path.insert(0, str(ROOT / "examples"))
+EVIDENCE = ROOT / "docs" / "evidence.md"
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "quality")]
+
+import sections  # noqa: E402
+from tables import markdown as table  # noqa: E402
 
 Result = dict[str, Any]
 
@@ -40,12 +44,6 @@ def from_rows(rows: list[dict[str, Any]]) -> Result:
         row["speedup"] = base[row["case"]]["ms"] / row["ms"] if row["case"] in base else math.nan
     ours = [r for r in rows if r["engine"] == "fda_fast" and r["grad_rel_error"] is not None]
     return {"environment": rows[0], "rows": timed, "fidelity": ours}
-
-
-def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table; the first ``left`` columns are text, the rest numbers."""
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
 
 
 def where(result: Result) -> str:
@@ -199,22 +197,31 @@ def starting(result: Result) -> str:
     return f"{table(head, rows, left=3)}\n\n{note}"
 
 
-SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
+Sections = dict[str, tuple[str, Callable[[Result], str]]]
+SECTIONS: Sections = {
     "demo": ("demo", demo),
     "step": ("step", step),
     "gain": ("step", gain),
     "fidelity": ("step", fidelity),
     "adapt": ("adapt", adapt),
     "starting": ("starting", starting),
+    **{
+        name: (file, lambda result, section=section: section(result, where(result)))
+        for name, (file, section) in sections.README.items()
+    },
+}
+EVIDENCE_SECTIONS: Sections = {
+    name: (file, lambda result, section=section: section(result, where(result)))
+    for name, (file, section) in sections.EVIDENCE.items()
 }
 
 
-def filled(text: str) -> str:
-    """The README with every section written anew."""
-    for name, (file, section) in SECTIONS.items():
+def filled(text: str, chosen: Sections = SECTIONS) -> str:
+    """A document with every section written anew."""
+    for name, (file, section) in chosen.items():
         pattern = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.S)
         if not pattern.search(text):
-            raise SystemExit(f"README.md has no markers for {name}")
+            raise SystemExit(f"no markers for {name}")
         body = "\n\n".join(section(result) for result in results(file))
         body = f"{body}\n" if body else ""
         text = pattern.sub(lambda m, body=body: m[1] + body + m[2], text)
@@ -225,13 +232,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
     options = parser.parse_args()
-    before = README.read_text()
-    after = filled(before)
-    if options.check:
-        if after != before:
-            raise SystemExit("README.md is not what benchmarks/report.py writes; run it.")
-    else:
-        README.write_text(after)
+    for path, chosen in ((README, SECTIONS), (EVIDENCE, EVIDENCE_SECTIONS)):
+        before = path.read_text()
+        after = filled(before, chosen)
+        if not options.check:
+            path.write_text(after)
+        elif after != before:
+            raise SystemExit(f"{path.name} is not what benchmarks/report.py writes; run it.")
 
 
 if __name__ == "__main__":

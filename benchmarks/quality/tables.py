@@ -13,6 +13,12 @@ Row = dict[str, Any]
 INITS = {"weights": "weights", "gaussian": "Gauss"}
 
 
+def markdown(head: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; the first ``left`` columns are text, the rest numbers."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *rows])
+
+
 def averages(row: Row) -> list[float]:
     """Mean accuracy over the tasks for every seed, in per cent."""
     return [100 * statistics.fmean(seed) for seed in zip(*row["scores"].values(), strict=True)]

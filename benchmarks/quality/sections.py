@@ -1,0 +1,77 @@
+"""What benchmarks/report.py writes of the suites into README.md and docs/evidence.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from tables import claims, markdown, method_table, sampling_error, spread
+
+Result = dict[str, Any]
+
+
+def methods(result: Result, where: str) -> str:
+    """Every method on a suite, with the settings chosen on its validation split."""
+    made = result["construct"]
+    note = (
+        f"Held-out accuracy in % of one merged model, {len(result['tasks'])} full fine-tunes; gain "
+        "over its starting point in points; FDA and RegMean rows: mean and standard deviation over "
+        f"{result['seeds']} seeds. {made['anchors']} anchors of {made['tokens']} tokens a task and "
+        f"layer, {made['steps']} steps. Seconds of one processor core, construction + adaptation. "
+        f"`make suite-{result['suite']}`. ({where})"
+    )
+    return f"{markdown(*method_table(result))}\n\n{note}"
+
+
+def published(result: Result, where: str) -> str:
+    """FDA with the paper's adaptation settings."""
+    table = markdown(*method_table(result, which="published"))
+    return f"{table}\n\nAdaptation as published (appendix C.3), one seed. ({where})"
+
+
+def verdicts(result: Result, where: str) -> str:
+    """The paper's claims on a suite."""
+    table = markdown(["claim", "anchors", "points", "on this suite"], claims(result), left=2)
+    note = (
+        'Points of average accuracy over seeds. "No difference": within twice the error, which '
+        f"joins the seeds' and the test set's ({sampling_error(result):.1f} points for one model). "
+        f"({where})"
+    )
+    return f"{table}\n\n{note}"
+
+
+def ablation(result: Result, where: str) -> str:
+    """One ablation, variant by variant."""
+    rows = [
+        [
+            row["label"],
+            spread(row["pretrained"]),
+            spread(row["task_arithmetic"]),
+            f"{statistics.fmean(row['loss']):.3f}",
+            f"{statistics.fmean(row['steps']):.0f}",
+            f"{statistics.fmean(row['seconds']):.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = [result["ablation"], "from pretrained, %", "from Task Arithmetic, %", "1 - cosine",
+            "steps", "seconds"]  # fmt: skip
+    note = f"`python benchmarks/quality/ablate.py {result['ablation']}`, {result['seeds']} seed(s)."
+    return f"{markdown(head, rows)}\n\n{note} ({where})"
+
+
+README: dict[str, tuple[str, Callable[[Result, str], str]]] = {
+    "quality-vision": ("quality-vision", methods),
+    "quality-text": ("quality-text", methods),
+}
+EVIDENCE: dict[str, tuple[str, Callable[[Result, str], str]]] = {
+    "claims-vision": ("quality-vision", verdicts),
+    "claims-text": ("quality-text", verdicts),
+    "published-vision": ("quality-vision", published),
+    "published-text": ("quality-text", published),
+    **{
+        f"ablate-{name}": (f"quality-ablate-{name}", ablation)
+        for name in ("steps", "anchors", "tokens", "sigma", "distance", "precision", "optimiser",
+                     "patience", "sign")
+    },
+}  # fmt: skip
