@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the folders and formats of the published scripts."""
+"""Tiny checkpoints in the folders and formats of the published scripts, and commands on them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-WIDTH, TOKENS = 32, 7
+from fda_fast.compat.official.commands import main
+
+WIDTH, TOKENS, STEPS = 32, 7, 6
+TASKS = ["MNIST", "Cars"]
+GLUE = ["cola", "rte"]
+VISION_FOLDER = f"anchors/ViT-B-32/init_by_gauss_random-anchor-4-scale-0.01-opt-{STEPS}-0.01"
+NLU_FOLDER = f"anchors/roberta-base/init_by_gauss_random_pos-anchor-4-scale-0.01-opt-{STEPS}-0.01"
+NLG_FOLDER = f"init_by_gauss_random-scale-0.01-opt-{STEPS}-lr-0.01-anchor-20"
 
 
 class QuickGELU(nn.Module):
@@ -109,7 +117,7 @@ def nlu(root: Path, tasks: list[str], classifier: bool = True):
 
 
 def nlg(root: Path):
-    """{root}/Llama-2-13b-hf, the two experts' folders and {root}/math/merged, {root}/code/merged."""
+    """{root}/Llama-2-13b-hf, the two experts' folders, {root}/math/merged and code/merged."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(3)
@@ -137,3 +145,47 @@ def nlg(root: Path):
         merged.save_pretrained(root / twin / "merged")
         (root / twin / "merged" / "tokenizer_config.json").write_text(f'{{"of": "{twin}"}}')
     return base, experts, merged
+
+
+def save_state_dict(model, stem):
+    torch.save(model.state_dict(), f"{stem}.pt")
+
+
+def save_safetensors(model, stem):
+    save_file(dict(model.state_dict()), f"{stem}.safetensors")
+
+
+def vision_command(command, root, *more, name="init_by_gauss_random"):
+    """An adapt or construct line on the tiny encoders in ``root``."""
+    anchors = {"construct": "--save_anchors_path", "adapt": "--read_anchors_path"}[command]
+    return main(
+        [
+            *("vision", command, "--model", "ViT-B-32", "--name", name, "--model_location"),
+            *(str(root), anchors, str(root / "anchors"), "--anchor_num", "4", "--scale", "0.01"),
+            *("--opt_steps", str(STEPS), "--opt_lr", "1e-2", "--head_width", "8", "--tasks"),
+            *(*TASKS, "--device", "cpu", "--quiet", *map(str, more)),
+        ]
+    )
+
+
+def nlu_command(command, root, *more, name="init_by_gauss_random_pos"):
+    anchors = {"construct": "--save_anchors_path", "adapt": "--read_anchors_path"}[command]
+    return main(
+        [
+            *("nlu", command, "--model", "roberta-base", "--name", name, "--model_location"),
+            *(str(root), anchors, str(root / "anchors"), "--anchor_num", "4", "--scale", "0.01"),
+            *("--opt_steps", str(STEPS), "--tasks", *GLUE, "--device", "cpu", "--quiet"),
+            *map(str, more),
+        ]
+    )
+
+
+def nlg_command(command, root, *more, name="init_by_gauss_random"):
+    anchors = {"construct": "--save_anchors_path", "adapt": "--read_anchors_path"}[command]
+    return main(
+        [
+            *("nlg", command, "--name", name, "--model_location", str(root), anchors),
+            *(str(root / "anchors"), "--anchor_num", "20", "--scale", "0.01", "--gen_steps"),
+            *(str(STEPS), "--do_math", "--do_code", "--gpu", "-1", "--quiet", *map(str, more)),
+        ]
+    )
