@@ -10,13 +10,24 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo chemistry test lint unit kernels wheel smoke bench report clean
+.PHONY: demo chemistry suite-vision suite-text ablations test lint unit kernels wheel smoke bench report clean
 
 demo: $(READY)  ## merge four experts of a text encoder by every method, score them, draw the result
 	$(BIN)/python examples/demo.py
 
 chemistry: $(READY)  ## merge a published chemistry BERT with its two published fine-tunes
 	$(BIN)/python examples/chemistry.py
+
+suite-vision: $(READY)  ## train six experts of a mini ViT, merge them by every method over three seeds
+	$(BIN)/python benchmarks/quality/run.py vision --seeds 3
+
+suite-text: $(READY)  ## the same for four full fine-tunes of a sentence encoder
+	$(BIN)/pip install --quiet --editable ".[suites]"
+	$(BIN)/python benchmarks/quality/run.py text --seeds 3
+
+ablations: $(READY)  ## what each choice of the method is worth; needs the result of suite-vision
+	$(BIN)/python benchmarks/quality/ablate.py --all
+	$(BIN)/python benchmarks/quality/figures.py
 
 test: lint unit kernels wheel smoke  ## everything that runs without a GPU
 
