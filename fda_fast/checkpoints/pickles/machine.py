@@ -8,6 +8,7 @@ method of the pickle's objects exists that could be called.
 
 from __future__ import annotations
 
+import codecs
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,9 @@ _LINE = 1 << 16
 _MAX_LONG = 64
 # Integers beyond have equal hashes by construction: a dict of such keys takes time squared.
 _MAX_KEY = (1 << 61) - 2
+
+# Looked up here, or the first file with such a text would have Python import it.
+_RAW_UNICODE = codecs.lookup("raw-unicode-escape")
 
 Reducer = Callable[["Machine", tuple[Any, ...]], Any]
 Persistent = Callable[[Any], Any]
@@ -115,6 +119,7 @@ class Machine:
         return struct.unpack(layout, self.source.take(struct.calcsize(layout)))[0]
 
     def _text(self, count: int, encoding: str) -> str:
+        self.source.check(count)
         self.budget.spend(text=count)
         errors = "surrogatepass" if encoding == "utf-8" else "strict"
         return self.source.take(count).decode(encoding, errors)
@@ -345,7 +350,7 @@ _OPERATIONS: dict[int, Callable[[Machine], Any]] = {
     ord("X"): lambda m: m._push(m._text(m._number("<I"), "utf-8")),
     0x8C: lambda m: m._push(m._text(m._number("<B"), "utf-8")),
     0x8D: lambda m: m._push(m._text(m._number("<Q"), "utf-8")),
-    ord("V"): lambda m: m._push(m.source.line(_LINE).decode("raw-unicode-escape")),
+    ord("V"): lambda m: m._push(_RAW_UNICODE.decode(m.source.line(_LINE))[0]),
     ord("B"): lambda m: m._push(m._blob(m._number("<I"))),
     ord("C"): lambda m: m._push(m._blob(m._number("<B"))),
     0x8E: lambda m: m._push(m._blob(m._number("<Q"))),

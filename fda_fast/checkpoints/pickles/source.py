@@ -46,7 +46,7 @@ class Source:
 
     def take(self, count: int) -> bytes:
         """The next ``count`` bytes; Malformed if there are not as many."""
-        self._check(count)
+        self.check(count)
         at = self.position - self._start
         if at < 0 or at + count > len(self._buffer):
             size = min(max(count, _CHUNK), self.end - self.position)
@@ -60,7 +60,7 @@ class Source:
 
     def skip(self, count: int) -> int:
         """Pass ``count`` bytes without reading them; the position of the first."""
-        self._check(count)
+        self.check(count)
         position = self.position
         self.position += count
         return position
@@ -79,6 +79,7 @@ class Source:
         self.position += end + 1 - at
         return self._buffer[at:end]
 
-    def _check(self, count: int) -> None:
+    def check(self, count: int) -> None:
+        """Malformed if fewer than ``count`` bytes are left."""
         if not 0 <= count <= self.end - self.position:
             raise Malformed(f"a length of {count} bytes where {self.end - self.position} are left")

@@ -25,8 +25,9 @@ _MAX_DIRECTORY = 16_000_000
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of one member lie in the file."""
+    """Where one member lies in the file: its header, and its bytes."""
 
+    header: int
     offset: int
     size: int
 
@@ -119,15 +120,15 @@ def _locate(file: TensorFile, name: str, header: int, size: int, limit: int) -> 
     offset = header + _LOCAL_SIZE + n_name + n_extra
     if offset + size > limit:
         raise Malformed(f"member {name!r:.80} beyond the zip's data")
-    return Member(offset, size)
+    return Member(header, offset, size)
 
 
 def _check_overlap(members: dict[str, Member]) -> None:
     end = 0
     for name, member in sorted(members.items(), key=lambda item: item[1].offset):
-        if member.size and member.offset < end:
+        if member.header < end:
             raise Malformed(f"member {name!r:.80} overlaps another")
-        end = max(end, member.offset + member.size)
+        end = member.offset + member.size
 
 
 def _decode(name: bytes) -> str:
