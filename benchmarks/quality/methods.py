@@ -24,17 +24,30 @@ def parameters(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def starting_point(suite: Suite, method: Method, **settings: Any) -> LayerWeights:
-    """Task Arithmetic, TSV-M or WUDI of every layer; settings of ``starting.merge_tensor``."""
+    """Task Arithmetic, TSV-M or WUDI of every layer at scaling 1.
+
+    ``settings``: of ``starting.merge_tensor``.
+    """
     merged = []
     for index, layer in enumerate(suite.layers(suite.pretrained)):
         experts = [parameters(expert) for expert in suite.experts_at(index)]
         merged.append(
             {
-                name: merge_tensor(method, name, p, [e[name] - p for e in experts], **settings)
+                name: merge_tensor(
+                    method, name, p, [e[name] - p for e in experts], scaling=1.0, **settings
+                )
                 for name, p in parameters(layer).items()
             }
         )
     return merged
+
+
+def scaled(suite: Suite, layers: LayerWeights, scaling: float) -> LayerWeights:
+    """The pretrained layers plus ``scaling`` times what a merge added to them."""
+    return [
+        {name: p + scaling * (merged[name] - p) for name, p in parameters(layer).items()}
+        for layer, merged in zip(suite.layers(suite.pretrained), layers, strict=True)
+    ]
 
 
 def defaults(suite: Suite) -> dict[str, Any]:

@@ -32,8 +32,6 @@ STARTS = {
     "tsv": "TSV-M",
     "wudi": "WUDI",
 }
-SCALINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4)
-WUDI_RATES = (1e-5, 1e-4)
 OFF_DIAGONALS = (0.5, 0.9)
 Unit = dict[str, Any]
 """What one merge gave: "scores", accuracies by task, and "seconds" of the processor."""
@@ -46,6 +44,7 @@ class Runner:
         self.suite = suite
         self.key = methods.fingerprint(suite)
         self.chosen: dict[str, Any] = {}
+        self.directions: dict[str, LayerWeights] = {}
 
     def unit(
         self,
@@ -70,9 +69,10 @@ class Runner:
 
     def sweep_start(self, method: Any) -> Unit:
         """A starting point at its best settings."""
-        rates = WUDI_RATES if method == "wudi" else (None,)
+        grid = self.suite.grid
+        rates = grid.wudi_rates if method == "wudi" else (None,)
         candidates, settings = {}, {}
-        for scaling, lr in itertools.product(SCALINGS, rates):
+        for scaling, lr in itertools.product(grid.scalings, rates):
             one = {"scaling": scaling} | ({"lr": lr} if lr else {})
             name = f"{scaling} {lr}"
             settings[name] = one
@@ -81,12 +81,14 @@ class Runner:
         return self.start(method, chosen)
 
     def start(self, method: Any, settings: dict[str, Any], split: str = "test") -> Unit:
-        return self.unit(
-            method,
-            settings,
-            lambda: methods.starting_point(self.suite, method, **settings),
-            split,
-        )
+        return self.unit(method, settings, lambda: self.begin(method, **settings), split)
+
+    def begin(self, method: Any, scaling: float, **settings: Any) -> LayerWeights:
+        """Layers of a starting point; its direction is computed once."""
+        key = f"{method} {settings}"
+        if key not in self.directions:
+            self.directions[key] = methods.starting_point(self.suite, method, **settings)
+        return methods.scaled(self.suite, self.directions[key], scaling)
 
     def anchors(self, init: str, seed: int) -> tuple[Sequence[Any], dict[str, Any]]:
         return methods.construct(self.suite, seed, init=init)
@@ -111,7 +113,7 @@ class Runner:
             if start == "task_arithmetic":
                 more["coefficient"] = begin["scaling"]
             elif start != "pretrained":
-                more["start"] = methods.starting_point(self.suite, start, **begin)
+                more["start"] = self.begin(start, **begin)
             return methods.adapt(self.suite, anchors, **more, **adapting)
 
         key = {"start": start, "from": begin, "anchors": source, **adapting}

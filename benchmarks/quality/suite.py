@@ -20,15 +20,19 @@ LayerWeights = Sequence[Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Grid:
-    """Settings of adaptation to choose from on the validation split, and the published ones.
+    """Settings to choose from on the validation split, and the published ones of adaptation.
 
     Attributes:
+        scalings: factors of a starting point's merged task vector.
+        wudi_rates: of WUDI's descent.
         distances: of layer outputs.
         weights: (rates, epochs) from the pretrained model, all weights free (Eq. 5).
         coefficients: (rates, epochs) from a merged model, coefficients free (Eq. 6).
         published: start -> the paper's settings for this kind of model.
     """
 
+    scalings: tuple[float, ...]
+    wudi_rates: tuple[float, ...]
     distances: tuple[str, ...]
     weights: tuple[tuple[float, ...], tuple[int, ...]]
     coefficients: tuple[tuple[float, ...], tuple[int, ...]]

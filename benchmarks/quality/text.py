@@ -43,8 +43,8 @@ MODEL = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-FINETUNE = {"samples": 1500, "epochs": 2, "lr": 2e-4}
-VALIDATION, TEST = 250, 600
+FINETUNE = {"samples": 1000, "epochs": 2, "lr": 2e-4}
+VALIDATION, TEST = 150, 300
 
 
 def load_pretrained() -> BertModel:
@@ -72,11 +72,13 @@ class TextSuite(Suite):
     """Trains, or loads, everything."""
 
     name = "text"
-    anchors, tokens = 32, 5
-    steps = 100
+    anchors, tokens = 16, 5
+    steps = 50
     grid = Grid(
+        scalings=(0.2, 0.3, 0.5, 0.7, 1.0),
+        wudi_rates=(1e-5,),
         distances=("l2",),
-        weights=((5e-5, 2e-4), (10, 40)),
+        weights=((5e-5, 2e-4), (20,)),
         coefficients=((1e-2,), (5, 20)),
         published=published("roberta-base"),
     )

@@ -55,6 +55,8 @@ class VisionSuite(Suite):
     tokens = 5
     steps = 100
     grid = Grid(
+        scalings=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4),
+        wudi_rates=(1e-5, 1e-4),
         distances=("cosine",),
         weights=((1e-5, 1e-4), (5, 25)),
         coefficients=((1e-2,), (5, 25)),
