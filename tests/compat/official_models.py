@@ -87,7 +87,7 @@ def vision(root: Path, tasks: list[str], save) -> tuple[Encoder, dict[str, Encod
     return base, experts
 
 
-def nlu(root: Path, tasks: list[str], classifier: bool = True):
+def nlu(root: Path, tasks: list[str], classifier: bool = True, dropout: float = 0.1):
     """{root}/roberta-base and {root}/{task}/roberta-base_lr1e-05, by save_pretrained."""
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
 
@@ -100,6 +100,8 @@ def nlu(root: Path, tasks: list[str], classifier: bool = True):
         intermediate_size=2 * WIDTH,
         max_position_embeddings=20,
         type_vocab_size=1,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     model = RobertaForSequenceClassification(config).eval()
     # Biases start as zeros, norms as ones: real checkpoints have neither.

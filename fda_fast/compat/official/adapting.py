@@ -57,6 +57,10 @@ def run(args: Namespace, device: torch.device, say: Callable[[str], None]) -> li
     _check(args)
     models = open_models(args, device)
     folder = folders.merged_folder(args)
+    for index in range(models.n_layers):
+        for task in models.tasks:
+            path = folders.anchors_file(args, args.read_anchors_path, task, index)
+            anchorfiles.check_present(path)
     merged = _merged_model(args, models, say)
     writer = _writer(args, models, folder)
     if args.modality != "nlg":

@@ -55,13 +55,7 @@ def read(path: str | Path, modality: str) -> AnchorFile:
             anchors with a mask that hides tokens.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"anchors file {path}",
-            expected="a file that construct wrote with the same flags",
-            got="nothing there",
-            fix="Flags of construction are part of the folder's name: give adapt the same",
-        )
+    check_present(path)
     value = read_npy(path, "anchors")
     if modality == "nlu":
         return _of_dict(path, value)
@@ -69,6 +63,17 @@ def read(path: str | Path, modality: str) -> AnchorFile:
     if modality == "vision":
         anchors = anchors.transpose(0, 1).contiguous()
     return AnchorFile(path, anchors)
+
+
+def check_present(path: Path) -> None:
+    """InputError unless there is a file."""
+    if not path.is_file():
+        raise InputError(
+            f"anchors file {path}",
+            expected="a file that construct wrote with the same flags",
+            got="nothing there",
+            fix="Flags of construction are part of the folder's name: give adapt the same",
+        )
 
 
 def write(path: str | Path, anchors: Tensor, layer: nn.Module, modality: str) -> None:
