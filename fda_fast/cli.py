@@ -16,6 +16,9 @@ from fda_fast.version import __version__
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
+_EXPLAINS = ("fda_fast.construct", "fda_fast.adapt", "fda_fast.devices", "fda_fast.distributed")
+"""Modules whose RuntimeErrors tell a user enough."""
+
 app = typer.Typer(
     name="fda-fast",
     help="Merge fine-tuned models through Functional Dual Anchors.",
@@ -37,7 +40,27 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any entry of 'parameters'; repeatable."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str,
+    typer.Option(help="auto, cpu, cuda, cuda:N; several, as cuda:0,cuda:1, share the layers."),
+]
+MaxMemory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Most memory to use, such as 6GiB.")
+]
+MaxGpuMemory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Most memory of the GPU to use.")
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="Do part I of N of the layers, and write nothing."),
+]
+Assemble = Annotated[
+    bool, typer.Option("--assemble", help="Write the output; all shards must be finished.")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Share the layers with a Ray cluster; or local."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only errors.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away the work of earlier runs.")]
 
@@ -80,7 +103,7 @@ def _is_explained(error: RuntimeError) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_in = trace.tb_frame.f_globals.get("__name__") if trace is not None else None
-    return raised_in in ("fda_fast.construct", "fda_fast.adapt")
+    return raised_in in _EXPLAINS
 
 
 def _complain(text: str) -> None:
@@ -114,6 +137,26 @@ def _overrides(
     return found | {key: value for key, value in given.items() if value is not None}
 
 
+def _resources(
+    device: str,
+    max_memory: str | None,
+    max_gpu_memory: str | None,
+    shard: str | None,
+    assemble: bool,
+    ray: str | None,
+) -> Any:
+    from fda_fast.resources import Resources
+
+    return Resources.of(
+        device,
+        max_memory=max_memory,
+        max_gpu_memory=max_gpu_memory,
+        shard=shard,
+        assemble=assemble,
+        ray=ray,
+    )
+
+
 @app.command()
 @_guarded
 def merge(
@@ -136,20 +179,38 @@ def merge(
             help="Finished anchors to use; only those of experts missing there are constructed.",
         ),
     ] = None,
+    max_memory: MaxMemory = None,
+    max_gpu_memory: MaxGpuMemory = None,
+    shard: ShardOption = None,
+    assemble: Assemble = False,
+    ray: RayAddress = None,
     restart: Restart = False,
     quiet: Quiet = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="USER/NAME", help="Upload OUTPUT when it is done."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: a private repository.")
+    ] = False,
 ) -> None:
     """Merge the models of CONFIG into OUTPUT; run again to go on after an interruption."""
     from fda_fast.config import load
     from fda_fast.merge import run
+    from fda_fast.publish import destination
 
     overrides = _overrides(
         assignments, steps=steps, epochs=epochs, start=start, preset=preset, seed=seed
     )
+    if private and push_to_hub is None:
+        raise InputError("--private", expected="--push-to-hub USER/NAME with it")
+    content = load(config, overrides)
+    # Asked now: nobody wants to hear after hours of work that a token has expired.
+    hub = None if push_to_hub is None else destination(push_to_hub, private=private)
     report = run(
-        load(config, overrides),
+        content,
         output,
-        device=device,
+        resources=_resources(device, max_memory, max_gpu_memory, shard, assemble, ray),
         restart=restart,
         keep_anchors=keep_anchors,
         anchors=anchors_from,
@@ -157,6 +218,8 @@ def merge(
     )
     if not quiet:
         _print_report(report)
+    if hub is not None and report.output.is_dir():
+        typer.echo(hub.upload(report.output))
 
 
 @app.command()
@@ -169,6 +232,11 @@ def construct(
     seed: Seed = None,
     assignments: Assignments = None,
     device: Device = "auto",
+    max_memory: MaxMemory = None,
+    max_gpu_memory: MaxGpuMemory = None,
+    shard: ShardOption = None,
+    assemble: Assemble = False,
+    ray: RayAddress = None,
     restart: Restart = False,
     quiet: Quiet = False,
 ) -> None:
@@ -180,7 +248,7 @@ def construct(
         load(config, _overrides(assignments, steps=steps, preset=preset, seed=seed)),
         output,
         mode="construct",
-        device=device,
+        resources=_resources(device, max_memory, max_gpu_memory, shard, assemble, ray),
         restart=restart,
         progress=not quiet,
     )
@@ -200,6 +268,11 @@ def adapt(
     seed: Seed = None,
     assignments: Assignments = None,
     device: Device = "auto",
+    max_memory: MaxMemory = None,
+    max_gpu_memory: MaxGpuMemory = None,
+    shard: ShardOption = None,
+    assemble: Assemble = False,
+    ray: RayAddress = None,
     restart: Restart = False,
     quiet: Quiet = False,
 ) -> None:
@@ -215,7 +288,7 @@ def adapt(
         output,
         mode="adapt",
         anchors=anchors,
-        device=device,
+        resources=_resources(device, max_memory, max_gpu_memory, shard, assemble, ray),
         restart=restart,
         progress=not quiet,
     )

@@ -21,7 +21,7 @@ from fda_fast.config import MergeConfig
 from fda_fast.errors import InputError
 from fda_fast.ops import dispatch
 from fda_fast.presets import Scope
-from fda_fast.references import locate, split_reference
+from fda_fast.references import locate, look_up, split_reference
 from fda_fast.settings import Settings, choose_preset, requested_scope, resolve, task_names
 from fda_fast.version import __version__
 
@@ -134,6 +134,7 @@ def prepare(config: MergeConfig, device: str = "auto") -> Job:
         InputError: anything about the inputs that can be known without reading weights.
     """
     where = choose_device(device)
+    look_up([config.base_model, *(entry.model for entry in config.models)])
     base = Checkpoint.open(locate(config.base_model, "base_model"), role="base model")
     if base.adapter is not None:
         raise InputError(
@@ -258,16 +259,10 @@ def _open_expert(base: Checkpoint, layout: ModelLayout, reference: str, name: st
 
 
 def tasks_per_batch(job: Job) -> int:
-    """How many tasks of the largest layer can be optimised together in half of the free memory.
+    """How many tasks are optimised together: see ``budget.choose_limits``."""
+    from fda_fast.budget import choose_limits
 
-    Counted per task: weights, task vector, gradient and direction of every parameter, and about
-    sixty buffers of the anchors' size for the four sweeps; all float32.
-    """
-    if not job.settings.optimises:
-        return 1
-    rows = job.settings.construct.rows
-    per_task = max(4 * (4 * spec.numel + 60 * rows * spec.width) for spec in job.layers)
-    return max(1, min(len(job.experts), free_memory(job.device) // 2 // per_task))
+    return choose_limits(job).batch
 
 
 def free_memory(device: torch.device) -> int:

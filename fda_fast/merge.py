@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from fda_fast.budget import Limits, peak
 from fda_fast.config import MergeConfig, parse
 from fda_fast.dtypes import dtype_name
 from fda_fast.errors import InputError
 from fda_fast.layerwork import LayerResult
 from fda_fast.progress import Display, display
+from fda_fast.resources import Resources, device_list
 from fda_fast.work import WorkDirectory, explained
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class Report:
             reading and saving go on beside the rest, and "wait" is what was waited for them.
         notes: what the user should know.
         settings: every setting, after presets.
+        peak_memory: most bytes of memory that the process has had.
+        unfinished: layers that other shards have yet to finish.
     """
 
     output: Path
@@ -44,6 +48,8 @@ class Report:
     seconds: dict[str, float]
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    peak_memory: int = 0
+    unfinished: int = 0
 
 
 @overload
@@ -81,6 +87,11 @@ def merge(
     keep_anchors: bool = False,
     restart: bool = False,
     progress: bool = True,
+    max_memory: str | int | None = None,
+    max_gpu_memory: str | int | None = None,
+    shard: str | None = None,
+    assemble: bool = False,
+    ray: str | None = None,
     **parameters: Any,
 ) -> Report | nn.Module | dict[str, Tensor]:
     """Merge fine-tuned models into one: folders on disk, or models in memory.
@@ -167,6 +178,14 @@ def merge(
         keep_anchors=keep_anchors,
         restart=restart,
         progress=progress,
+        resources=Resources.of(
+            device,
+            max_memory=max_memory,
+            max_gpu_memory=max_gpu_memory,
+            shard=shard,
+            assemble=assemble,
+            ray=ray,
+        ),
     )
 
 
@@ -190,6 +209,7 @@ def run(
     keep_anchors: bool = False,
     restart: bool = False,
     progress: bool = True,
+    resources: Resources | None = None,
 ) -> Report:
     """Do what a configuration says; ``merge`` and the command line end here.
 
@@ -200,23 +220,31 @@ def run(
         anchors: folder of finished anchors: of every expert with mode "adapt", of some or all
             with mode "merge", which constructs the others.
         device, keep_anchors, restart, progress: as ``merge``.
+        resources: where to run and how much to take; replaces ``device``.
 
     Raises:
         InputError, OSError: as ``merge``.
     """
     # Not at the top: they load transformers, which `import fda_fast` should not wait for.
     from fda_fast.activations import check_extra_anchors
+    from fda_fast.budget import choose_limits, enforce
     from fda_fast.checkpoints.identity import check_differs
     from fda_fast.checkpoints.outputs import check_output
-    from fda_fast.job import prepare, tasks_per_batch
-    from fda_fast.output import check_room, publish_anchors, write_models
+    from fda_fast.job import prepare
+    from fda_fast.output import check_room
     from fda_fast.reuse import reuse_notes
     from fda_fast.startscale import resolve_scale
 
     begun = time.monotonic()
+    where = resources or Resources.of(device)
     target = Path(os.path.abspath(Path(output).expanduser()))
     check_output(target)
-    job = prepare(config, device)
+    if len(device_list(where.device)) > 1:
+        from fda_fast.devices import share
+
+        share(config, target, where, mode=mode, anchors=anchors, restart=restart, progress=progress)
+        where, restart = replace(where, device=device_list(where.device)[0]), False
+    job = prepare(config, where.device)
     try:
         if mode != "merge" and not job.settings.optimises:
             raise InputError(f"merge_method {job.settings.method} has no anchors")
@@ -230,44 +258,124 @@ def run(
             extra["extra_anchors"] = _folder_identity(job.extra_anchors)
         for view in job.experts.values():
             check_differs(view, job.layout)
+        limits = choose_limits(job, where.max_memory, where.max_gpu_memory)
+        enforce(job, where.max_memory, where.max_gpu_memory)
+        part = None if where.shard is None else str(where.shard)
         with WorkDirectory(target) as work, display(progress) as shown, explained(work):
-            work.open(job.identity(mode, extra), batch=tasks_per_batch(job), restart=restart)
+            identity = job.identity(mode, extra)
+            work.open(identity, batch=limits.batch, restart=restart, shard=part)
+            _check_batch(work, limits)
             resolve_scale(job, work)
             for note in job.notes:
                 shown.note(note)
-            layers, waited = _layers(job, work, shown, mode, anchors)
-            writing = time.monotonic()
-            if mode == "construct":
-                publish_anchors(work, target)
-            else:
-                kept = [anchors] if anchors is not None else []
-                write_models(
-                    job, work, target, layers, display=shown, keep_anchors=keep_anchors, kept=kept
-                )
+            task = _Task(job, work, shown, limits, where, mode, anchors)
+            layers, waited = _layers(task)
             seconds = _total(layers) | {"wait": waited}
-            seconds["write"] = time.monotonic() - writing
-            work.remove()
+            if where.shard is None:
+                writing = time.monotonic()
+                _write(task, target, layers, keep_anchors)
+                seconds["write"] = time.monotonic() - writing
+                work.remove()
+            unfinished = 0 if where.shard is None else len(_pending(job, work))
     finally:
         job.close()
     seconds["total"] = time.monotonic() - begun
-    return Report(target, layers, seconds, job.notes, job.settings.as_dict())
+    settings = job.settings.as_dict()
+    return Report(target, layers, seconds, job.notes, settings, peak(), unfinished)
 
 
-def _layers(
-    job: Job, work: WorkDirectory, shown: Display, mode: Mode, anchors: Path | None
-) -> tuple[list[LayerResult], float]:
+@dataclass(frozen=True)
+class _Task:
+    """A merge under way."""
+
+    job: Job
+    work: WorkDirectory
+    shown: Display
+    limits: Limits
+    resources: Resources
+    mode: Mode
+    anchors: Path | None
+
+
+def _check_batch(work: WorkDirectory, limits: Limits) -> None:
+    if work.batch > limits.batch:
+        raise InputError(
+            f"{work.path} was begun with {work.batch} experts in a batch, for which there is no "
+            "memory now",
+            expected=f"room for {work.batch}",
+            got=f"room for {limits.batch}",
+            fix="Free or allow as much as then, or use --restart.",
+        )
+
+
+def _pending(job: Job, work: WorkDirectory) -> list[int]:
+    """Numbers of the layers that are not finished."""
+    from fda_fast.output import keeps_layers
+
+    if not keeps_layers(job):
+        return []
+    return [i for i, spec in enumerate(job.layers) if not work.is_finished(spec.name)]
+
+
+def _layers(task: _Task) -> tuple[list[LayerResult], float]:
+    """Results of the layers that are finished, and the seconds that computing stood still."""
     from fda_fast.output import keeps_layers
     from fda_fast.pipeline import process_layers
 
+    job, work, resources = task.job, task.work, task.resources
     if not keeps_layers(job):
+        if resources.shard is not None:
+            raise InputError(f"method {job.settings.method} has no work worth sharing out")
         return [LayerResult(spec.name) for spec in job.layers], 0.0
-    pending = [i for i, spec in enumerate(job.layers) if not work.is_finished(spec.name)]
-    shown.start(len(job.layers), len(job.layers) - len(pending))
-    done, waited = process_layers(job, work, pending, shown, mode=mode, source=anchors)
+    pending = _pending(job, work)
+    if resources.assemble and pending:
+        raise InputError(
+            f"{len(pending)} of {len(job.layers)} layers are not finished",
+            expected="every shard done",
+            got=f"{job.layers[pending[0]].name} missing",
+            fix="Run the missing shards, or merge without --assemble, which does them here.",
+        )
+    task.shown.start(len(job.layers), len(job.layers) - len(pending))
+    if resources.shard is not None:
+        pending = [index for index in pending if resources.shard.takes(index)]
+    if resources.ray is not None:
+        from fda_fast.distributed import process_layers as distribute
+
+        done, waited = distribute(
+            job, work, pending, task.shown, resources, mode=task.mode, source=task.anchors
+        )
+    else:
+        done, waited = process_layers(
+            job,
+            work,
+            pending,
+            task.shown,
+            mode=task.mode,
+            source=task.anchors,
+            overlap=task.limits.overlap,
+        )
     for index, spec in enumerate(job.layers):
-        if index not in done:
+        if index not in done and work.is_finished(spec.name):
             done[index] = LayerResult.from_record(work.load_record(spec.name))
-    return [done[index] for index in range(len(job.layers))], waited
+    return [done[index] for index in sorted(done)], waited
+
+
+def _write(task: _Task, target: Path, layers: list[LayerResult], keep_anchors: bool) -> None:
+    from fda_fast.output import publish_anchors, write_models
+
+    if task.mode == "construct":
+        publish_anchors(task.work, target)
+        return
+    write_models(
+        task.job,
+        task.work,
+        target,
+        layers,
+        display=task.shown,
+        keep_anchors=keep_anchors,
+        kept=[] if task.anchors is None else [task.anchors],
+        overlap=task.limits.overlap,
+    )
 
 
 def _total(layers: list[LayerResult]) -> dict[str, float]:

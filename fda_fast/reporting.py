@@ -42,7 +42,17 @@ def table(report: Report) -> Group:
     spent = "  ".join(
         f"{phase} {clock(seconds)}" for phase, seconds in report.seconds.items() if seconds >= 1
     )
-    parts.append(Text(f"written: {report.output}" + (f"   ({spent})" if spent else "")))
+    if report.output.exists():
+        done = f"written: {report.output}"
+    elif report.unfinished:
+        done = f"{report.unfinished} layers are left to other shards"
+    else:
+        done = "all layers are finished; --assemble writes the model"
+    parts.append(Text(done + (f"   ({spent})" if spent else "")))
+    overlapped = sum(report.seconds.get(phase, 0.0) for phase in ("read", "save"))
+    hidden = max(0.0, overlapped - report.seconds.get("wait", 0.0))
+    if hidden >= 1:
+        parts.append(Text(f"{clock(hidden)} of reading and saving went on beside the computation"))
     return Group(*parts)
 
 

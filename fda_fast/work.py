@@ -4,6 +4,7 @@ Beside the output, as ``<output>.fda-work``:
 
     job.json                            what it belongs to (see ``WorkDirectory.open``)
     lock                                held while a process works here; its number
+    lock-2-of-8                         the same of one shard; then ``lock`` is held in common
     anchors/<task>/<layer>.safetensors  finished anchors
     layers/<layer>.safetensors          finished merged layer; <layer>.json its losses
     output/                             the model being written
@@ -17,6 +18,7 @@ import errno
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,60 +51,86 @@ class WorkDirectory:
         output = Path(os.path.abspath(output))
         self.path = output.parent / (output.name + SUFFIX)
         self.batch = 1
-        self._lock: int | None = None
+        self._locks: list[int] = []
         self._created = False
 
-    def open(self, identity: Mapping[str, Any], *, batch: int = 1, restart: bool = False) -> None:
+    def open(
+        self,
+        identity: Mapping[str, Any],
+        *,
+        batch: int = 1,
+        restart: bool = False,
+        shard: str | None = None,
+    ) -> None:
         """Lock the directory for this job; create it, or find the job's own earlier work.
 
         Args:
             identity: everything that decides the result, as nested dicts of JSON values.
             batch: tasks to optimise together. Depends on the memory that is free and may change
-                last bits, so a job keeps the number that it began with.
+                last bits on a GPU, so a job keeps the number that it began with.
             restart: throw away whatever work is there.
+            shard: "2/8" if other processes work on other parts meanwhile.
 
         Raises:
-            InputError: another process works here, or the work there is of another job; says
-                what differs.
+            InputError: another process works here (on the same shard), or the work there is of
+                another job; says what differs.
         """
         try:
             self.path.mkdir(parents=True)
-            self._created = True
+            self._created = shard is None
         except FileExistsError:
             if not self.path.is_dir() or self.path.is_symlink():
                 raise InputError(
                     str(self.path), expected="a work directory", got="a file"
                 ) from None
-        self._acquire()
+        if shard is not None and restart:
+            raise InputError("restart cannot be combined with shard", fix=f"Remove {self.path}.")
+        self._acquire("lock", shared=shard is not None)
         try:
-            job = self.path / "job.json"
-            for unfinished in self.path.rglob(".*.tmp"):
-                unfinished.unlink()
+            if shard is not None:
+                self._acquire(f"lock-{shard.replace('/', '-of-')}")
+            else:
+                for unfinished in self.path.rglob(".*.tmp"):
+                    unfinished.unlink()
             if restart:
                 self._clear()
-            if job.exists():
-                self.batch = self._compare(job, identity)
-            elif any(entry.name != "lock" for entry in self.path.iterdir()):
-                raise InputError(
-                    f"{self.path} has files but no job.json",
-                    fix="It is not a work directory of fda_fast, or a damaged one: remove it.",
-                )
-            else:
-                content = {"identity": identity, "batch": batch}
-                text = json.dumps(content, indent=1, sort_keys=True)
-                write_atomically(job, text.encode())
-                self.batch = batch
+            self._join(identity, batch)
             for folder in ("anchors", "layers"):
                 (self.path / folder).mkdir(exist_ok=True)
         except BaseException:
             self.close()
             raise
 
+    def _join(self, identity: Mapping[str, Any], batch: int) -> None:
+        """Make this the directory of the job, unless it is already, or is another's."""
+        job = self.path / "job.json"
+        if not job.exists():
+            if any(not _is_ours(entry.name) for entry in self.path.iterdir()) and not job.exists():
+                raise InputError(
+                    f"{self.path} has files but no job.json",
+                    fix="It is not a work directory of fda_fast, or a damaged one: remove it.",
+                )
+            content = {"identity": identity, "batch": batch}
+            text = json.dumps(content, indent=1, sort_keys=True)
+            # Several shards may begin at once: the first one decides the batch.
+            write_atomically(job, text.encode(), replace=False)
+        self.batch = self._compare(job, identity)
+
+    def discard(self) -> None:
+        """Throw away whatever work is there.
+
+        Raises:
+            InputError: another process works here.
+        """
+        if self.path.is_dir():
+            self._acquire("lock")
+            self._clear()
+            self.close()
+
     def close(self) -> None:
         """Release the lock; what is finished stays."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        while self._locks:
+            os.close(self._locks.pop())
 
     def remove(self) -> None:
         """Delete the directory: the merge is written."""
@@ -111,7 +139,7 @@ class WorkDirectory:
 
     def remove_if_fresh(self) -> None:
         """Delete the directory if this run made it and finished nothing in it."""
-        if self._lock is None or not self._created:
+        if not self._locks or not self._created:
             return
         if not any(self.path.glob("layers/*")) and not any(self.path.glob("anchors/*/*")):
             self.remove()
@@ -169,30 +197,34 @@ class WorkDirectory:
             snapshot = snapshot_key(name, epoch) if epoch is not None else ""
             return file.get_tensor(snapshot if snapshot in set(file.keys()) else name)
 
-    def _acquire(self) -> None:
+    def _acquire(self, name: str, *, shared: bool = False) -> None:
         while True:
-            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 if fcntl is not None:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+                    fcntl.flock(handle, how | fcntl.LOCK_NB)
             except OSError as error:
                 holder = os.pread(handle, 20, 0).decode(errors="replace").strip()
                 os.close(handle)
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise  # a file system without locks says so itself
+                part = f", as part {name[5:]}," if name != "lock" else ""
                 raise InputError(
-                    f"{self.path} is in use by another process{f' ({holder})' if holder else ''}",
+                    f"{self.path} is in use{part} by another process"
+                    f"{f' ({holder})' if holder else ''}",
                     fix="Wait for it, or choose another output directory.",
                 ) from None
             try:
                 # The holder before us may have removed the directory while we opened the file.
-                same = os.fstat(handle).st_ino == os.stat(self.path / "lock").st_ino
+                same = os.fstat(handle).st_ino == os.stat(self.path / name).st_ino
             except FileNotFoundError:
                 same = False
             if same:
-                self._lock = handle
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+                self._locks.append(handle)
+                if not shared:
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
                 return
             os.close(handle)
             self.path.mkdir(parents=True, exist_ok=True)
@@ -201,7 +233,7 @@ class WorkDirectory:
         if not (self.path / "job.json").exists() and not self._created:
             return  # not ours: open() refuses it
         for entry in self.path.iterdir():
-            if entry.name == "lock":
+            if entry.name == "lock":  # held
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -252,20 +284,41 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def write_atomically(path: Path, *chunks: bytes | memoryview) -> None:
+def _is_ours(name: str) -> bool:
+    """Whether a name in a directory without job.json is of processes that only just begin."""
+    return name == "job.json" or name.startswith(("lock", ".job.json."))
+
+
+def write_atomically(path: Path, *chunks: bytes | memoryview, replace: bool = True) -> None:
     """Write a file that appears complete or not at all, even after a power cut.
+
+    Args:
+        path: the file.
+        chunks: its content.
+        replace: False leaves a file that is there meanwhile as it is.
 
     Raises:
         OSError: as the operating system says; the temporary file is removed.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Two processes may write the same file at once: the same bytes, each under its own name.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                if not path.exists():
+                    os.replace(temporary, path)
+            temporary.unlink(missing_ok=True)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
