@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from tables import claims, markdown, method_table, sampling_error, spread
+from tables import claims, from_demo, markdown, method_table, sampling_error, spread
 
 Result = dict[str, Any]
 
@@ -64,9 +64,17 @@ README: dict[str, tuple[str, Callable[[Result, str], str]]] = {
     "quality-vision": ("quality-vision", methods),
     "quality-text": ("quality-text", methods),
 }
+
+
+def demo_verdicts(result: Result, where: str) -> str:
+    """The paper's claims on the demo's experts."""
+    return verdicts(from_demo(result), where)
+
+
 EVIDENCE: dict[str, tuple[str, Callable[[Result, str], str]]] = {
     "claims-vision": ("quality-vision", verdicts),
     "claims-text": ("quality-text", verdicts),
+    "claims-demo": ("demo", demo_verdicts),
     "published-vision": ("quality-vision", published),
     "published-text": ("quality-text", published),
     **{

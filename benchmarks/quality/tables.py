@@ -102,8 +102,23 @@ def verdict(values: Iterable[float], error: float) -> str:
     return "confirmed" if mean > 0 else "contradicted"
 
 
+def from_demo(result: Result) -> Result:
+    """The demo's result (LoRA experts, weight-initialised anchors) in the shape of a suite's."""
+    rows = [
+        row | ({"init": "weights", "which": "tuned"} if row["start"] else {})
+        for row in result["rows"]
+    ]
+    sizes = {task: {"test": result["texts_per_task"]} for task in rows[0]["scores"]}
+    return result | {"suite": "demo", "tasks": sizes, "rows": rows}
+
+
 def claims(result: Result, which: str = "tuned") -> list[list[str]]:
     """Rows (claim, anchors, points, verdict) of the paper's claims on one suite."""
+    inits = {
+        init: label
+        for init, label in INITS.items()
+        if any(row.get("init") == init for row in result["rows"])
+    }
     error = sampling_error(result)
     found = []
 
@@ -111,7 +126,7 @@ def claims(result: Result, which: str = "tuned") -> list[list[str]]:
         found.append([claim, init, spread(values, "+"), verdict(values, error)])
 
     (arithmetic,) = averages(find(result, "Task Arithmetic"))
-    for init, label in INITS.items():
+    for init, label in inits.items():
         row = find(result, "FDA from pretrained", init=init, which=which)
         add("FDA improves the pretrained model", label, gains(result, row))
         add("FDA from pretrained beats Task Arithmetic", label,
@@ -119,7 +134,7 @@ def claims(result: Result, which: str = "tuned") -> list[list[str]]:
         for start in ("Task Arithmetic", "TSV-M", "WUDI"):
             row = find(result, f"FDA from {start}", init=init, which=which)
             add(f"FDA improves {start}", label, gains(result, row))
-    for start in ("pretrained", "Task Arithmetic", "TSV-M", "WUDI"):
+    for start in ("pretrained", "Task Arithmetic", "TSV-M", "WUDI") if len(inits) == 2 else ():
         one, other = (
             averages(find(result, f"FDA from {start}", init=init, which=which)) for init in INITS
         )
