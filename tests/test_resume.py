@@ -162,7 +162,8 @@ def test_finished_anchors_are_not_made_again(tiny, tmp_path: Path, monkeypatch) 
 
     monkeypatch.setattr(layerwork, "construct", counted)
     small_merge(tiny, tmp_path / "out")
-    assert made == ["layer"]  # the second one; the first one's anchors were there
+    # The second layer of two experts; the first one's anchors were there.
+    assert made == ["layer", "layer"]
     small_merge(tiny, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
