@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fda_fast import merge
-from fda_fast.anchors import Anchors
 from fda_fast.cli import app
 from fda_fast.errors import InputError
 
@@ -53,33 +50,11 @@ def test_adding_an_expert_constructs_its_anchors_only(tiny, tmp_path: Path, monk
         for layer in ("encoder.layer.0", "encoder.layer.1"):
             name = f"anchors/{task}/{layer}.safetensors"
             assert (two.output / name).read_bytes() == (three.output / name).read_bytes()
-    # Against a merge that constructs all three together: the size of a batch may change the last
-    # bits of a product, and nothing else.
+    # On a CPU experts are constructed one by one, so a merge from scratch gives the same bytes; on
+    # a GPU the size of a batch may change the last bits of a product.
     fresh = merge(tiny.base, tiny.experts, tmp_path / "fresh", keep_anchors=True, **SMALL)
-    for layer in ("encoder.layer.0", "encoder.layer.1"):
-        name = f"anchors/lora/{layer}.safetensors"
-        one, all_ = (Anchors.load(report.output / name) for report in (three, fresh))
-        assert torch.allclose(one.tensor, all_.tensor, rtol=1e-4, atol=1e-5)
-        assert one.loss == pytest.approx(all_.loss, rel=1e-5)
-    ours, theirs = (load_file(r.output / "model.safetensors") for r in (three, fresh))
-    for name, tensor in ours.items():
-        assert torch.allclose(tensor, theirs[name], rtol=0, atol=1e-6), name
-
-
-def test_same_bytes_where_every_expert_is_constructed_alone(
-    tiny, tmp_path: Path, monkeypatch
-) -> None:
-    from fda_fast import job
-
-    monkeypatch.setattr(job, "tasks_per_batch", lambda _: 1)
-    merge(tiny.base, tiny.experts[:2], tmp_path / "two", keep_anchors=True, **SMALL)
-    merge(
-        tiny.base, tiny.experts, tmp_path / "three", anchors_from=tmp_path / "two" / "anchors",
-        **SMALL,
-    )  # fmt: skip
-    merge(tiny.base, tiny.experts, tmp_path / "fresh", **SMALL)
-    one, two = (tmp_path / name / "model.safetensors" for name in ("three", "fresh"))
-    assert one.read_bytes() == two.read_bytes()
+    for path in fresh.output.rglob("*.safetensors"):
+        assert path.read_bytes() == (three.output / path.relative_to(fresh.output)).read_bytes()
 
 
 def test_anchors_of_other_weights_are_refused(tiny, tmp_path: Path) -> None:
