@@ -71,10 +71,32 @@ def demo_verdicts(result: Result, where: str) -> str:
     return verdicts(from_demo(result), where)
 
 
+def chemistry(result: Result, where: str) -> str:
+    """Closeness to both published chemistry experts."""
+    columns = ["pistachio", "schneider", "both", "agreement"]
+    rows = []
+    for row in result["rows"]:
+        cells = [
+            f"{statistics.fmean(v):.3f}" + (f" ± {statistics.stdev(v):.3f}" if len(v) > 1 else "")
+            for v in (row["scores"][column] for column in columns)
+        ]
+        rows.append([row["method"], *cells, f"{statistics.fmean(row['seconds']):.0f}"])
+    head = ["method", "cosine with pistachio", "with schneider", "mean", "same class", "seconds"]
+    made = result["construct"]
+    note = (
+        f"Fingerprints of {result['reactions']} textbook reactions; same class: how often the "
+        "merged encoder under the Schneider expert's head names that expert's class. Nothing is "
+        f"tuned. {made['anchors']} anchors of {made['tokens']} tokens, {made['steps']} steps; "
+        f"{result['seeds']} seed(s). `python benchmarks/quality/chemistry_experts.py`. ({where})"
+    )
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
 EVIDENCE: dict[str, tuple[str, Callable[[Result, str], str]]] = {
     "claims-vision": ("quality-vision", verdicts),
     "claims-text": ("quality-text", verdicts),
     "claims-demo": ("demo", demo_verdicts),
+    "chemistry": ("quality-chemistry", chemistry),
     "published-vision": ("quality-vision", published),
     "published-text": ("quality-text", published),
     **{
