@@ -13,6 +13,7 @@ from fda_fast.construct import Alignment, Construction, alignment, construct
 from fda_fast.errors import InputError
 from fda_fast.matching import gradient_alignment, gradient_matching
 from fda_fast.merge import Report, merge
+from fda_fast.publish import push_to_hub
 from fda_fast.scale import ScaleChoice, choose_scale
 from fda_fast.task_vector import TaskVector
 from fda_fast.version import __version__
@@ -36,5 +37,6 @@ __all__ = [
     "gradient_matching",
     "init_anchors",
     "merge",
+    "push_to_hub",
     "save_activations",
 ]

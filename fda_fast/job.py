@@ -15,6 +15,7 @@ import transformers
 
 from fda_fast.checkpoints.align import ExpertView, match_expert
 from fda_fast.checkpoints.layout import LayerSpec, ModelLayout
+from fda_fast.checkpoints.openclip import published_preset
 from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.conditional import layer_positions
 from fda_fast.config import MergeConfig
@@ -175,8 +176,9 @@ def assemble(
     """
     largest = max(layout.layers, key=lambda spec: spec.numel)
     scope: Scope = "mlp" if largest.scope == "mlp" else "block"
+    published = published_preset(layout.model) if scope == "block" else None
     preset = choose_preset(
-        config.parameters.preset,
+        config.parameters.preset or published,
         scope=scope,
         width=largest.width,
         n_params=largest.numel,

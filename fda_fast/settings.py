@@ -20,6 +20,7 @@ from fda_fast.presets import (
     StartSettings,
     default_preset,
 )
+from fda_fast.references import without_revision
 from fda_fast.work import file_name
 
 
@@ -275,6 +276,7 @@ def task_names(references: Sequence[str], given: Sequence[str | None]) -> list[s
 
 def _last_part(reference: str) -> str:
     """Folder name, skipping the names that every training run gives its best checkpoint."""
+    reference = without_revision(reference)
     parts = [part for part in reference.replace("\\", "/").split("/") if part not in ("", ".")]
     generic = ("model", "final", "best", "checkpoint", "output", "adapter", "merged")
     while len(parts) > 1 and (parts[-1] in generic or parts[-1].startswith("checkpoint-")):

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from fda_fast.checkpoints.reader import Checkpoint
 
+_MODEL_ID = re.compile(
+    r"(?!.*(--|\.\.))[A-Za-z0-9](?:[\w.-]*\w)?(/[A-Za-z0-9](?:[\w.-]*\w)?)?", re.A
+)
 _CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
@@ -45,8 +48,10 @@ def model_card(
     """
     named = experts if isinstance(experts, Mapping) else {e.role: e for e in experts}
     sources = [hub_name(base), *(hub_name(expert) for expert in named.values())]
-    lines = ["---", "base_model:"]
-    lines += [f"- {json.dumps(name, ensure_ascii=False)}" for name in dict.fromkeys(sources)]
+    lines = ["---"]
+    # The Hub refuses a card with a name here that no model could have.
+    known = [name for name in dict.fromkeys(sources) if _MODEL_ID.fullmatch(name)]
+    lines += ["base_model:", *(f"- {json.dumps(name)}" for name in known)] if known else []
     lines += ["library_name: transformers", "tags:", "- fda", "- mergekit", "- merge"]
     lines += ["---", ""]
     lines += [f"# {_inline(title)}", ""]

@@ -1,0 +1,172 @@
+"""Models of the Hugging Face Hub: looked up before anything is downloaded, then fetched."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fda_fast.errors import InputError
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# The first group that a repository has any of holds its weights.
+_WEIGHTS = (
+    ("model*.safetensors", "adapter_model.safetensors"),
+    ("*.safetensors",),
+    ("pytorch_model*.bin", "adapter_model.bin"),
+)
+_BESIDE = ("*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model", "LICENSE*", "NOTICE")
+_NESTED = ("1_Pooling/config.json",)
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the Hub, looked up.
+
+    Attributes:
+        name: "org/name".
+        commit: what its revision is at present.
+        files: {name: bytes} of the files a merge needs.
+    """
+
+    name: str
+    commit: str
+    files: dict[str, int]
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether this could be ``org/name[@revision]``."""
+    return bool(_HUB_ID.fullmatch(reference.partition("@")[0]))
+
+
+def cached_snapshot(reference: str) -> Path | None:
+    """Folder of ``org/name[@revision]`` in the local cache; no network."""
+    if not is_hub_id(reference):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = reference.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def look_up(reference: str) -> HubModel | None:
+    """What the Hub says of ``org/name[@revision]``; None if it cannot be asked.
+
+    Raises:
+        InputError: no such model or revision, or no access to it.
+
+    Cost: one request.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, _, revision = reference.partition("@")
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        info = HfApi().model_info(
+            name, revision=revision or None, files_metadata=True, timeout=20.0
+        )
+    except GatedRepoError:
+        raise InputError(
+            f"{name} on the Hub is gated",
+            fix="Ask for access on its page, then log in with `hf auth login`.",
+        ) from None
+    except RevisionNotFoundError:
+        raise InputError(f"{name} on the Hub has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{name}: no such folder, and no such model on the Hub",
+            fix="Check the spelling; a private model needs `hf auth login`.",
+        ) from None
+    except HfHubHTTPError as error:
+        raise InputError(f"{name}: the Hub answers {str(error).splitlines()[0][:200]}") from None
+    except HFValidationError as error:
+        raise InputError(f"{name} is no name of a model: {error}") from None
+    except Exception as error:
+        if is_connection_error(error):
+            return None
+        raise
+    sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or ()}
+    chosen = choose_files(sizes)
+    return HubModel(name, str(info.sha), {file: sizes[file] for file in chosen})
+
+
+def choose_files(names: Iterable[str]) -> list[str]:
+    """Of a repository's files those that a merge reads: weights in one form, config, tokenizer."""
+    top = [name for name in names if "/" not in name]
+    for patterns in _WEIGHTS:
+        weights = [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+        if weights:
+            break
+    beside = [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in _BESIDE)]
+    return sorted({*weights, *beside, *(name for name in names if name in _NESTED)})
+
+
+def fetch(reference: str, what: str) -> Path | None:
+    """The folder of ``org/name[@revision]``: from the cache, or downloaded into it.
+
+    A revision that is a whole commit hash and lies in the cache is taken from there without
+    asking; anything else is looked up, and only files that are missing are downloaded. Without a
+    connection, or with ``HF_HUB_OFFLINE=1``, the cache alone counts. Caches and tokens are those
+    of huggingface_hub (``HF_HOME``, ``HF_HUB_CACHE``, ``HF_TOKEN``, ``HF_ENDPOINT``).
+
+    Args:
+        reference: the Hub id.
+        what: what refers to it, for errors.
+
+    Returns:
+        The folder; None if it is not cached and the Hub cannot be asked.
+
+    Raises:
+        InputError: as ``look_up``; a model without weights; a disk too small.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    cached = cached_snapshot(reference)
+    if cached is not None and _COMMIT.fullmatch(reference.partition("@")[2]):
+        return cached
+    found = look_up(reference)
+    if found is None:
+        return cached
+    if not any(name.endswith((".safetensors", ".bin")) for name in found.files):
+        raise InputError(f"{what} {reference}", expected="weights on the Hub", got="none")
+    there = cached_snapshot(f"{found.name}@{found.commit}")
+    missing = sum(
+        size for name, size in found.files.items() if there is None or not (there / name).exists()
+    )
+    cache_folder = Path(constants.HF_HUB_CACHE)
+    cache_folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache_folder).free
+    if missing > free:
+        raise InputError(
+            f"{what} {reference} does not fit the disk of the Hub's cache {cache_folder}",
+            expected=f"{missing / 1e9:.2f} GB free",
+            got=f"{free / 1e9:.2f} GB",
+            fix="Free some, or set HF_HUB_CACHE to another disk.",
+        )
+    if not missing and there is not None and there == cached:
+        return there
+    # By the name that was given, which the cache then knows without a connection too.
+    revision = reference.partition("@")[2] or None
+    return Path(snapshot_download(found.name, revision=revision, allow_patterns=list(found.files)))
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether there is no way to the Hub, whichever HTTP library this huggingface_hub uses."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, OSError) or "TransportError" in names
