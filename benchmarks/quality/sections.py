@@ -92,11 +92,32 @@ def chemistry(result: Result, where: str) -> str:
     return f"{markdown(head, rows)}\n\n{note}"
 
 
+def alone(result: Result, where: str) -> str:
+    """What one task's anchors hold of its expert."""
+    columns = ["pretrained", "anchors", "real", "experts"]
+    rows = [
+        [task, *(f"{100 * result[column][task]:.1f}" for column in columns)]
+        for task in result["experts"]
+    ]
+    means = [100 * statistics.fmean(result[column].values()) for column in columns]
+    rows.append(["average", *(f"{mean:.1f}" for mean in means)])
+    head = [
+        "accuracy, %",
+        "pretrained",
+        "its anchors alone",
+        "its real activations alone",
+        "expert",
+    ]
+    note = f"One task at a time. `python benchmarks/quality/alone.py {result['suite']}`. ({where})"
+    return f"{markdown(head, rows)}\n\n{note}"
+
+
 EVIDENCE: dict[str, tuple[str, Callable[[Result, str], str]]] = {
     "claims-vision": ("quality-vision", verdicts),
     "claims-text": ("quality-text", verdicts),
     "claims-demo": ("demo", demo_verdicts),
     "chemistry": ("quality-chemistry", chemistry),
+    "alone-vision": ("quality-alone-vision", alone),
     "published-vision": ("quality-vision", published),
     "published-text": ("quality-text", published),
     **{
