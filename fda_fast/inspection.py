@@ -69,7 +69,8 @@ def _checkpoint(path: Path) -> Iterator[Table | Text]:
         f"{what} {path}: {len(checkpoint.names)} tensors ({kinds}), {parameters:,} elements, "
         f"{reporting.size(checkpoint.nbytes)}"
     )
-    if checkpoint.adapter is None and checkpoint.config is not None:
+    described = checkpoint.config is not None or checkpoint.modules
+    if checkpoint.adapter is None and described:
         try:
             layout = ModelLayout.from_checkpoint(checkpoint, "auto")
         except InputError as error:

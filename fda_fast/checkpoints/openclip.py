@@ -25,6 +25,12 @@ _IDENTITY = "torch.nn.modules.linear.Identity"
 _OPTIONAL = (("ln_attn",), ("ls_1",), ("ls_2",), ("ln_1_kv",), ("mlp", "ln"))
 _PARTS = {"ln_1", "attn", "ln_2", "mlp"} | {name[0] for name in _OPTIONAL}
 _MAX_WIDTH = 1 << 20
+# (tokens of an image, width, blocks)
+_PUBLISHED = {
+    (50, 768, 12): "vit-b-32",
+    (197, 768, 12): "vit-b-16",
+    (257, 1024, 24): "vit-l-14",
+}
 
 
 class QuickGELU(nn.Module):
@@ -112,6 +118,15 @@ def image_encoder(checkpoint: Checkpoint) -> ImageEncoder:
             expected="plain CLIP blocks: ln_1, attn, ln_2, mlp",
             got=str(error)[:200],
         ) from error
+
+
+def published_preset(model: nn.Module) -> str | None:
+    """The preset of a published encoder (ViT-B/32, B/16, L/14) by its sizes; None for others."""
+    positions = model.state_dict().get("visual.positional_embedding")
+    if not isinstance(model, ImageEncoder) or positions is None:
+        return None
+    blocks = model.get_submodule(f"visual.{_LAYERS}")
+    return _PUBLISHED.get((*positions.shape, len(list(blocks.children()))))
 
 
 class _Unknown(Exception):

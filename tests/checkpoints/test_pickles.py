@@ -21,6 +21,12 @@ from torch import nn
 from fda_fast import merge
 from fda_fast.checkpoints.align import match_expert
 from fda_fast.checkpoints.layout import ModelLayout
+from fda_fast.checkpoints.openclip import (
+    ImageEncoder,
+    QuickGELU,
+    ResidualAttentionBlock,
+    published_preset,
+)
 from fda_fast.checkpoints.pickles import PickledTensor, Record, Reference, load_pickle, read_npy
 from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.checkpoints.tensorfile import TensorFile
@@ -285,6 +291,30 @@ def test_other_modules_are_not_guessed(tmp_path: Path, made_up_library: None) ->
     base = Checkpoint.open(tmp_path / "module.pt")
     with pytest.raises(InputError, match=r"open_clip\.made_up\.Block.*image encoder"):
         ModelLayout.from_checkpoint(base)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "blocks", "preset"),
+    [
+        (50, 768, 12, "vit-b-32"),
+        (197, 768, 12, "vit-b-16"),
+        (257, 1024, 24, "vit-l-14"),
+        (50, 768, 11, None),
+    ],
+)
+def test_published_encoders_take_their_preset(
+    tokens: int, width: int, blocks: int, preset: str | None
+) -> None:
+    with torch.device("meta"):
+        encoder = ImageEncoder()
+        encoder.visual = nn.Module()
+        encoder.visual.positional_embedding = nn.Parameter(torch.empty(tokens, width))
+        encoder.visual.transformer = nn.Module()
+        encoder.visual.transformer.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(width, 4 * width, width // 64, QuickGELU())
+            for _ in range(blocks)
+        )
+    assert published_preset(encoder) == preset
 
 
 # Models of transformers: whole, and split as the published language-model code does.
