@@ -10,7 +10,7 @@ import torch
 
 from fda_fast.checkpoints.headers import parse_json
 from fda_fast.checkpoints.reader import Checkpoint
-from fda_fast.checkpoints.skeleton import build_skeleton
+from fda_fast.checkpoints.skeleton import as_saved, build_skeleton
 from fda_fast.checkpoints.tensorfile import TensorInfo
 from fda_fast.errors import InputError
 
@@ -74,16 +74,19 @@ def _stored_dtype(config: dict[str, object]) -> torch.dtype:
 
 
 def _tensors(base: Checkpoint, file: Path, dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """Every tensor of the skeleton's state dict; tied ones once, as they are saved."""
+    """Every tensor of the skeleton's state dict as it is saved: tied ones once, experts apart."""
     model = build_skeleton(base)
     found: dict[str, TensorInfo] = {}
     seen: set[int] = set()
+    state: dict[str, torch.Tensor] = {}
     parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
         if parameters.get(name) in seen:
             continue
         if name in parameters:
             seen.add(parameters[name])
+        state[name] = tensor
+    for name, tensor in as_saved(model, state).items():
         stored = dtype if tensor.is_floating_point() else tensor.dtype
         nbytes = tensor.numel() * stored.itemsize
         found[name] = TensorInfo(tuple(tensor.shape), stored, file, nbytes)

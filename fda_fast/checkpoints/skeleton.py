@@ -79,6 +79,22 @@ def construct(
     return model.eval()
 
 
+def as_saved(
+    model: transformers.PreTrainedModel, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A state dict by the names and shapes that ``save_pretrained`` writes.
+
+    transformers 5 fuses some tensors when it loads, such as the experts of a mixture, and takes
+    them apart again when it saves.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 saves what a model holds
+        return state
+    saved: dict[str, torch.Tensor] = revert_weight_conversion(model, state)
+    return saved
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without transformers' remarks about configs, which concern running the model."""

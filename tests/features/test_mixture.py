@@ -14,6 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from fda_fast import collect_activations, merge
+from fda_fast.checkpoints.described import DescribedCheckpoint
 from fda_fast.checkpoints.layout import ModelLayout
 from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.errors import InputError
@@ -125,6 +126,18 @@ def test_a_built_expert_is_the_models_own(models, family: str) -> None:
             assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-7)
         checked += 1
     assert checked == (3 if family == "qwen3_moe" else 6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_alone_describes_the_checkpoint(models, family: str) -> None:
+    """So that a merge can be planned without weights."""
+    base, _ = models(family)
+    described, stored = DescribedCheckpoint(base / "config.json"), Checkpoint.open(base)
+    assert {n: (i.shape, i.dtype) for n, i in described.names.items()} == {
+        n: (i.shape, i.dtype) for n, i in stored.names.items()
+    }
+    ours, theirs = map(ModelLayout.from_checkpoint, (described, stored))
+    assert [spec.parameters for spec in ours.layers] == [s.parameters for s in theirs.layers]
 
 
 def test_an_expert_that_nothing_was_routed_to_is_kept(
