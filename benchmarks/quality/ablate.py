@@ -40,7 +40,7 @@ FP32 = {"precision": "fp32"}
 ABLATIONS: dict[str, list[Variant]] = {
     "steps": [
         Variant(f"{init} {step if step > 1 else 0}", {"init": init, "steps": last}, at=step)
-        for init, last in (("weights", 1200), ("gaussian", 200))
+        for init, last in (("weights", 400), ("gaussian", 100))
         for step in KEPT
         if step <= last
     ],
@@ -72,10 +72,10 @@ ABLATIONS: dict[str, list[Variant]] = {
         Variant("no decay", {"weight_decay": 0.0}),
     ],
     "patience": [
-        Variant("none, 1200 steps", {"steps": 1200}),
+        Variant("none, 400 steps", {"steps": 400}),
         *(
             Variant(f"{patience}, {tolerance:g}",
-                    {"steps": 1200, "patience": patience, "tolerance": tolerance})
+                    {"steps": 400, "patience": patience, "tolerance": tolerance})
             for patience, tolerance in ((10, 3e-2), (20, 1e-2))
         ),
     ],
