@@ -351,7 +351,7 @@ def _landscapes(
     # As many vectors of each kind: the map takes hundreds of forward passes.
     rows = {task: tensor.numel() // tensor.shape[-1] for task, tensor in anchors.items()}
     fewer = {
-        task: tensor[: max(8, rows.get(task, 0) // tensor[0].numel() * tensor.shape[-1])]
+        task: tensor[: max(8, rows.get(task, 0) * tensor.shape[-1] // tensor[0].numel())]
         for task, tensor in real.items()
     }
     for values, kind in ((anchors, "on_anchors"), (fewer, "on_activations")):
