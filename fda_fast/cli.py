@@ -366,6 +366,60 @@ def official(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
+@app.command()
+@_guarded
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The page; default RUN-report.html here.")
+    ] = None,
+    pretrained: Annotated[Path | None, typer.Option(help="Folder of the base model.")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="An expert; repeat for each.")
+    ] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]FILE", help="Texts, one a line: of all experts, or of one."),
+    ] = None,
+    activations: Annotated[
+        Path | None, typer.Option(help="Folder of real activations, in place of texts.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to look at closely: all, none, or numbers with commas between."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Write one HTML page about a merge: its losses, its anchors, how near it is to the experts."""
+    from fda_fast.report.write import write_report
+
+    files = _named("--texts", texts) if any("=" in text for text in texts or []) else None
+    if files is None and texts and len(texts) > 1:
+        raise InputError("--texts", expected="one FILE, or NAME=FILE for each expert", got=texts)
+    written = write_report(
+        run,
+        output,
+        pretrained=pretrained,
+        experts=_named("--expert", expert),
+        texts=files or (texts[0] if texts else None),
+        activations=activations,
+        layers=layers,
+        device=device,
+    )
+    typer.echo(f"written: {written}")
+
+
+def _named(option: str, pairs: list[str] | None) -> dict[str, str]:
+    """NAME=VALUE arguments of a repeatable option."""
+    found: dict[str, str] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value) or name in found:
+            raise InputError(option, expected="NAME=PATH, each name once", got=repr(pair))
+        found[name] = value
+    return found
+
+
 def _print_report(report: Any) -> None:
     from fda_fast.reporting import console, table
 
