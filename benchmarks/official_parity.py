@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,22 @@ from typing import Any
 import torch
 import transformers
 from common import write_json
+from official_compare import (
+    anchors,
+    files_of,
+    histories,
+    layout,
+    norm,
+    relative,
+    without_key_bias,
+)
 from official_theirs import LAYERS, SHIMS
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from fda_fast.checkpoints.pickles import read_npy
 from fda_fast.checkpoints.reader import Checkpoint
-from fda_fast.compat.official import adapting, constructing
+from fda_fast.compat.official import adapting
 from fda_fast.compat.official.commands import main as official
-from fda_fast.layers.call import call_layer
 
 STEPS, EPOCHS = 20, 5
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-3
@@ -72,6 +77,7 @@ ADAPT = [
     (Case("vision", NAMES[0], 8), "pretrained", "cos", 1e-4),
     (Case("vision", NAMES[1], 8), "ta", "cos", 1e-2),
     (Case("vision", NAMES[1], 8), "ta", "l1", 1e-2),
+    (Case("vision", NAMES[0], 8), "tsv", "mse", 1e-2),
     (Case("nlu", f"{NAMES[0]}_pos", 8), "pretrained", "mse", 5e-5),
     (Case("nlu", f"{NAMES[1]}_pos", 8), "ta", "mse", 1e-2),
     (Case("nlg", NAMES[0], 40), "merged", "cos", 1e-2),
@@ -208,6 +214,8 @@ class Run:
         found = Checkpoint.open(base).read(list(like))
         if start == "pretrained":
             return found
+        if start == "tsv":
+            return Checkpoint.open(base.with_name("merged_tsv.pt")).read(list(like))
         experts = [Checkpoint.open(path).read(list(like)) for path in self._work.glob(pattern)]
         return {n: t + 0.3 * sum(expert[n] - t for expert in experts) for n, t in found.items()}
 
@@ -266,62 +274,6 @@ class Run:
             raise SystemExit(f"their side failed:\n{done.stderr[-3000:]}")
 
 
-@contextmanager
-def histories() -> Any:
-    """Collects the losses of every construction inside: ours, and those of float64."""
-    found: list[tuple[Tensor, Tensor]] = []
-    construct = constructing.construct
-
-    def noted(base: nn.Module, layers: Any, starts: Any, **settings: Any) -> Any:
-        result = construct(base, layers, starts, **settings)
-        exact = [
-            published_loop(base.double(), layer.double(), start.double(), settings)
-            for layer, start in zip(layers, starts, strict=True)
-        ]
-        for layer in (base, *layers):
-            layer.float()
-        found.append((result.history, torch.stack(exact, 1)))
-        return result
-
-    constructing.construct = noted
-    try:
-        yield found
-    finally:
-        constructing.construct = construct
-
-
-def published_loop(
-    pretrained: nn.Module, finetuned: nn.Module, start: Tensor, settings: Any
-) -> Tensor:
-    """The published loop by plain autograd in float64; its losses [steps].
-
-    The arbiter where two float32 runs part: rounding, or an error?
-    """
-    x = start.clone().requires_grad_()
-    theta, theta_i = list(pretrained.parameters()), list(finetuned.parameters())
-    taus = [(b - a).detach() for a, b in zip(theta, theta_i, strict=True)]
-    optimizer = torch.optim.AdamW([x], lr=settings["lr"])
-    losses = []
-    for _ in range(settings["steps"]):
-        optimizer.zero_grad()
-        y, y_i = (call_layer(layer, x).flatten(1) for layer in (pretrained, finetuned))
-        kind = settings["distance"]
-        if kind == "cosine":
-            similarity = F.cosine_similarity(y, y_i, dim=1).mean()
-        else:
-            similarity = -(F.mse_loss if kind == "l2" else F.l1_loss)(y, y_i)
-        gradients = torch.autograd.grad(similarity, theta, create_graph=True)
-        loss = sum(
-            1 - F.cosine_similarity(g.flatten(), tau.flatten(), dim=0)
-            for g, tau in zip(gradients, taus, strict=True)
-        )
-        assert isinstance(loss, Tensor)
-        (x.grad,) = torch.autograd.grad(loss, [x])
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses)
-
-
 def adapted_folder(argv: list[str]) -> Path:
     """Where our adapt command put the merged model."""
     written: list[Path] = []
@@ -347,47 +299,6 @@ def our_weights(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     if path.name == "math" and twin.is_dir():
         shutil.rmtree(twin)
     return found
-
-
-def files_of(root: Path) -> dict[str, Path]:
-    """All files below a folder, by their path in it."""
-    return {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
-
-
-def layout(path: Path) -> Any:
-    """What an anchors file holds: dtype and shape of each array; "text" for another file."""
-    if path.suffix != ".npy":
-        return "text"
-    value = read_npy(path)
-    if isinstance(value, dict):
-        return {key: [str(array.dtype), *array.shape] for key, array in value.items()}
-    return [str(value.dtype), *value.shape]
-
-
-def anchors(path: Path) -> Tensor:
-    """The anchors of a file, in the file's own layout."""
-    value = read_npy(path)
-    return torch.from_numpy(value["input"] if isinstance(value, dict) else value)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |a|."""
-    return ((a - b).norm() / a.norm()).item()
-
-
-def without_key_bias(name: str, tensor: Tensor) -> Tensor:
-    """The tensor with zeros where it belongs to a key bias: RoBERTa's, or a third of CLIP's."""
-    if name.endswith("key.bias"):
-        return torch.zeros_like(tensor)
-    if name.endswith("in_proj_bias"):
-        tensor = tensor.clone()
-        tensor.chunk(3)[1].zero_()
-    return tensor
-
-
-def norm(tensors: Any) -> float:
-    """The norm of all together."""
-    return sum(float(t.double().square().sum()) for t in tensors) ** 0.5
 
 
 def main() -> None:

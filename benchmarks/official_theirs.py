@@ -280,6 +280,7 @@ def _vision(work: Path) -> None:
     for task in dataset_list:
         (home / task).mkdir()
         torch.save(_finetuned(encoder, 0.05), home / task / "finetuned.pt")
+    torch.save(_finetuned(encoder, 0.03), home / "merged_tsv.pt")  # any merged model will do
 
 
 def _nlu(work: Path) -> None:
@@ -334,11 +335,16 @@ def _nlg(work: Path) -> None:
     for folder, model in folders.items():
         model.save_pretrained(folder)
         (folder / "split").mkdir()
-        index = {}
-        for number, layer in enumerate(model.model.layers):
-            index[f"model.layers.{number}"] = f"model_layer_{number}.pt"
-            torch.save(layer, folder / "split" / f"model_layer_{number}.pt")
+        parts = {"model.embed_tokens": model.model.embed_tokens, "model.norm": model.model.norm}
+        parts |= {"lm_head": model.lm_head}
+        parts |= {f"model.layers.{i}": layer for i, layer in enumerate(model.model.layers)}
+        names = {name: name.replace("layers", "layer").replace(".", "_") for name in parts}
+        for name, part in parts.items():
+            torch.save(part, folder / "split" / f"{names[name]}.pt")
+        index = {name: f"{file}.pt" for name, file in names.items()}
         (folder / "split" / "model_index.json").write_text(json.dumps(index))
+        if folder.parent == models:
+            (folder / "model.safetensors").unlink()  # the pickled parts are all there is
 
 
 def main() -> None:

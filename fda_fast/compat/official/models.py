@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fda_fast.checkpoints.align import ExpertView, check_finite, match_expert
 from fda_fast.checkpoints.card import model_card
+from fda_fast.checkpoints.directory import INDEXED, SINGLE, SPLIT_INDEX
 from fda_fast.checkpoints.layout import LayerSpec, ModelLayout, Scope
 from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.checkpoints.writer import MergedWriter
@@ -249,7 +250,14 @@ def locate(stem: Path, what: str, flag: str) -> Path:
             got="nothing there",
             fix=f"Point {flag} at the folder that holds it",
         )
-    return found
+    return _split(found) if found.is_dir() else found
+
+
+def _split(folder: Path) -> Path:
+    """The folder's ``split/``, which NLG's split_model.py makes, if that is all it has."""
+    parts = folder / "split"
+    whole = any((folder / name).exists() for name in (*SINGLE, *INDEXED))
+    return parts if not whole and (parts / SPLIT_INDEX).is_file() else folder
 
 
 def _candidates(stem: Path) -> list[Path]:
