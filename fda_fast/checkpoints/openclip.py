@@ -162,7 +162,7 @@ class _Builder:
                     blocks = [_block(name, r) for name, r in record.children().items()]
                     _owner(model, path).add_module(_leaf(path), nn.ModuleList(blocks))
                 elif not path.startswith(f"visual.{_LAYERS}."):
-                    module = _inert(record) if path else model
+                    module = nn.Module() if path else model
                     _add_tensors(module, record)
                     if path:
                         _owner(model, path).add_module(_leaf(path), module)
@@ -175,10 +175,6 @@ def _owner(model: nn.Module, path: str) -> nn.Module:
 
 def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _inert(record: Record) -> nn.Module:
-    return type(record.kind, (nn.Module,), {})() if record.kind.isidentifier() else nn.Module()
 
 
 def _add_tensors(module: nn.Module, record: Record) -> None:

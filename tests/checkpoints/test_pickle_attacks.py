@@ -7,6 +7,7 @@ importing and writing, and with a limit on its memory.
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import pickle
 import struct
@@ -702,6 +703,8 @@ def seeds(folder: Path) -> list[str]:
     (folder / "tensors_plain.pkl").write_bytes(pickle.dumps(tensors, 4))
     np.save(folder / "anchors.npy", {"input": np.ones((2, 3), "f4"), "gt": np.arange(3)})
     np.save(folder / "plain.npy", np.ones((2, 3), "f4"))
+    encoder = TARGET.parent / "data/image_encoder.pt.xz"
+    (folder / "image_encoder.pt").write_bytes(lzma.decompress(encoder.read_bytes()))
     return [path.name for path in sorted(folder.iterdir()) if path.is_file()]
 
 
