@@ -413,6 +413,37 @@ def test_nlg_adapts_their_anchors_as_they_do(tmp_path: Path, loss) -> None:
         assert json.loads(text) == {"of": twin}
 
 
+def test_nlg_from_split_folders(tmp_path: Path) -> None:
+    """What split_model.py makes, with the whole models gone, gives the same anchors."""
+    base, experts, _ = models.nlg(tmp_path)
+    assert nlg_command("construct", tmp_path) == 0
+    files = {path: np.load(path) for path in (tmp_path / "anchors").rglob("*.npy")}
+    for name, model in {
+        "Llama-2-13b-hf": base,
+        "WizardMath-13B-V1.0": experts["math"],
+        "llama-2-13b-code-alpaca": experts["code"],
+    }.items():
+        split_like_theirs(model, tmp_path / name)
+        (tmp_path / name / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "anchors")
+    assert nlg_command("construct", tmp_path) == 0
+    assert files and all(np.array_equal(np.load(path), array) for path, array in files.items())
+
+
+def split_like_theirs(model, folder: Path) -> None:
+    parts = {
+        "model.embed_tokens": model.model.embed_tokens,
+        "model.norm": model.model.norm,
+        "lm_head": model.lm_head,
+    }
+    parts |= {f"model.layers.{i}": layer for i, layer in enumerate(model.model.layers)}
+    names = {name: name.replace("layers", "layer").replace(".", "_") + ".pt" for name in parts}
+    (folder / "split").mkdir()
+    for name, part in parts.items():
+        torch.save(part, folder / "split" / names[name])
+    (folder / "split" / "model_index.json").write_text(json.dumps(names))
+
+
 def test_adapt_without_anchors_says_where_they_should_be(tmp_path: Path, capsys) -> None:
     models.nlg(tmp_path)
     more = ("--merged_model_path", tmp_path / "math" / "merged")
