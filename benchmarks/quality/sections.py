@@ -62,7 +62,6 @@ def ablation(result: Result, where: str) -> str:
 
 README: dict[str, tuple[str, Callable[[Result, str], str]]] = {
     "quality-vision": ("quality-vision", methods),
-    "quality-text": ("quality-text", methods),
 }
 
 
@@ -113,6 +112,7 @@ def alone(result: Result, where: str) -> str:
 
 
 EVIDENCE: dict[str, tuple[str, Callable[[Result, str], str]]] = {
+    "quality-text": ("quality-text", methods),
     "claims-vision": ("quality-vision", verdicts),
     "claims-text": ("quality-text", verdicts),
     "claims-demo": ("demo", demo_verdicts),

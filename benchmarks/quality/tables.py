@@ -72,7 +72,8 @@ def method_table(result: Result, which: str = "tuned") -> tuple[list[str], list[
     head = ["accuracy, %", *result["tasks"], "average", "normalised", "gain", "seconds"]
     cells = []
     for row in result["rows"]:
-        if row.get("which", which) != which:
+        fda = row["method"].startswith("FDA")
+        if row.get("which", which) != which or (which == "published" and "init" in row and not fda):
             continue
         tasks = [f"{100 * statistics.fmean(values):.1f}" for values in row["scores"].values()]
         gain = spread(gains(result, row), "+") if "start" in row else ""
