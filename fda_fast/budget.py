@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Estimates may be this much too low; and a process grows a little by what it loads later.
-_MARGIN, _LOADED_LATER = 0.08, 48 << 20
+_MARGIN, _LOADED_LATER = 0.06, 48 << 20
 _M_MMAP_THRESHOLD, _THRESHOLD = -3, 1 << 20
 # Without a limit of the user's this share of what is free may be filled.
 _SHARE_OF_FREE = 0.85
@@ -149,19 +149,35 @@ def choose_limits(
     else:
         gpu_overlap = True
     floor = resident() + _LOADED_LATER
-    with_overlap, name = host_memory(job, load, overlap=True)
-    if gpu_overlap and floor + with_overlap <= _room(max_memory, floor):
-        return Limits(batch, True, floor + with_overlap, gpu_memory)
-    without, name = host_memory(job, load, overlap=False)
-    if max_memory is not None and floor + without > max_memory:
+    ahead = host_memory(job, load, overlap=True)
+    if gpu_overlap and floor + ahead.bound <= _room(max_memory, floor):
+        return Limits(batch, True, floor + ahead.expected, gpu_memory)
+    alone = host_memory(job, load, overlap=False)
+    if max_memory is not None and floor + alone.bound > max_memory:
         raise InputError(
-            f"max_memory {shown(max_memory)} is too small for {name} with {load.tasks} experts",
-            expected=f"at least {shown(floor + without)}: {shown(without)} for one layer at a "
-            f"time, {shown(floor)} for the program itself",
+            f"max_memory {shown(max_memory)} is too small for {alone.what} with {load.tasks} "
+            "experts",
+            expected=f"at least {shown(floor + alone.bound)}: {shown(alone.bound)} for one layer "
+            f"at a time, {shown(floor)} for the program itself",
             got=shown(max_memory),
             fix="Give more, use fewer anchors or experts, or scope: mlp",
         )
-    return Limits(batch, False, floor + without, gpu_memory)
+    return Limits(batch, False, floor + alone.expected, gpu_memory)
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of the host's memory beyond the program itself.
+
+    Attributes:
+        expected: the peak.
+        bound: with everything that can happen at once, and a margin.
+        what: the layer or tensor that reaches it.
+    """
+
+    expected: int
+    bound: int
+    what: str
 
 
 def _room(limit: int | None, floor: int) -> int:
@@ -172,35 +188,32 @@ def _room(limit: int | None, floor: int) -> int:
     return floor + int(_SHARE_OF_FREE * free_memory(torch.device("cpu")))
 
 
-def host_memory(job: Job, load: estimate.Workload, *, overlap: bool) -> tuple[int, str]:
-    """Peak bytes of the host's memory beyond the process itself, and what reaches it."""
+def host_memory(job: Job, load: estimate.Workload, *, overlap: bool) -> HostMemory:
+    """Peak of the host's memory beyond the program itself, over all layers and other tensors."""
     from fda_fast.output import keeps_layers
 
-    found = [(0, "nothing")]
-    owned = {name for spec in job.layers for name in spec.parameters.values()}
-    if keeps_layers(job):
-        for spec in job.layers:
-            itemsize = max(job.base.names[n].dtype.itemsize for n in spec.parameters.values())
-            need = estimate.layer_memory(spec, load, itemsize=itemsize)
-            if job.device.type == "cuda":
-                total = need.held + need.stored + (need.saved if overlap else 0)
-            else:
-                total = need.total(overlap)
-            found.append((total, f"layer {spec.name}"))
+    found = [(0, 0, "nothing")]
+    layered = keeps_layers(job)
+    inside: set[str] = set()
+    for spec in job.layers if layered else []:
+        inside |= set(spec.parameters.values())
+        itemsize = max(job.base.names[n].dtype.itemsize for n in spec.parameters.values())
+        need = estimate.layer_memory(spec, load, itemsize=itemsize)
+        if job.device.type == "cuda":  # on its way to the device, and back
+            need = replace(need, work=0)
+        found.append((need.bound(overlap), need.total(overlap), f"layer {spec.name}"))
     merged = job.settings.outside == "start" and job.settings.start != "pretrained"
     for name, info in job.base.names.items():
-        inside = name in owned
-        through_work = inside and keeps_layers(job)
         total = estimate.tensor_memory(
             info.numel,
-            estimate.FLOAT if through_work else info.dtype.itemsize,
+            estimate.FLOAT if name in inside else info.dtype.itemsize,
             load,
-            merged=merged and not through_work,
+            merged=name not in inside and (merged or not layered),
             overlap=overlap,
         )
-        found.append((total, f"tensor {name}"))
-    total, name = max(found)
-    return int(total * (1 + _MARGIN)), name
+        found.append((total, total, f"tensor {name}"))
+    bound, _, what = max(found)
+    return HostMemory(max(total for _, total, _ in found), int(bound * (1 + _MARGIN)), what)
 
 
 def _fit_gpu(job: Job, load: estimate.Workload, limit: int | None) -> tuple[int, bool, int]:

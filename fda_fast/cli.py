@@ -299,10 +299,14 @@ def adapt(
 @app.command()
 @_guarded
 def plan(
-    config: ConfigFile,
+    config: Annotated[
+        Path,
+        typer.Argument(help="YAML configuration; or a model's config.json, or its folder."),
+    ],
     output: Annotated[
         Path | None, typer.Argument(help="Output folder, to check it and its disk too.")
     ] = None,
+    experts: Annotated[int, typer.Option(help="Experts, with a model's config.json.")] = 2,
     steps: Steps = None,
     epochs: Epochs = None,
     start: StartPoint = None,
@@ -310,31 +314,19 @@ def plan(
     seed: Seed = None,
     assignments: Assignments = None,
     device: Device = "auto",
+    max_memory: MaxMemory = None,
+    max_gpu_memory: MaxGpuMemory = None,
 ) -> None:
     """Check everything and say what a merge would take, without reading the weights."""
-    from fda_fast.checkpoints.plan import Plan
-    from fda_fast.config import load
-    from fda_fast.job import free_memory, prepare
-    from fda_fast.output import written_dtype
+    from fda_fast.planning import plan_path
     from fda_fast.reporting import console, plan_view
 
     overrides = _overrides(
         assignments, steps=steps, epochs=epochs, start=start, preset=preset, seed=seed
     )
-    job = prepare(load(config, overrides), device)
-    settings = job.settings
-    found = Plan.of(
-        job.layout,
-        list(job.experts.values()),
-        output,
-        shape=lambda spec: settings.construct.shape(spec.width),
-        steps=settings.construct.steps,
-        epochs=settings.adapt.epochs,
-        dtype=written_dtype(job),
-        device=job.device,
-        gflops=None if settings.optimises else 1.0,
-    )
-    console().print(plan_view(job, found, free_memory(job.device)))
+    resources = _resources(device, max_memory, max_gpu_memory, None, False, None)
+    found = plan_path(config, output, overrides, experts=experts, resources=resources)
+    console().print(plan_view(found))
 
 
 @app.command()

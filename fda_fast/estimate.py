@@ -107,10 +107,18 @@ class LayerMemory:
     saved: int
 
     def total(self, overlap: bool) -> int:
-        """Peak, with the next layer being read and the last one being saved meanwhile, or not."""
+        """Expected peak, with the next layer being read and the last one saved meanwhile, or not.
+
+        The next layer is mostly there before the current one is at its peak, so ``stored`` does
+        not come on top.
+        """
         if not overlap:
             return self.held + max(self.stored, self.work)
-        return 2 * self.held + self.stored + self.work + self.saved
+        return 2 * self.held + self.work + self.saved
+
+    def bound(self, overlap: bool) -> int:
+        """Peak whatever the order in which things happen."""
+        return self.total(overlap) + (self.stored if overlap else 0)
 
 
 def parameter_bytes(layer: Shapes) -> int:

@@ -57,12 +57,21 @@ def check_room(job: Job, target: Path, mode: str) -> int:
     Raises:
         InputError: with the bytes needed and free.
     """
+    needed = disk_bytes(job, mode)
+    check_disk(target, needed)
+    return needed
+
+
+def disk_bytes(job: Job, mode: str) -> int:
+    """Bytes of the output and of the work on the way to it."""
     needed, models = 0, 1
     if job.settings.optimises:
         models = max(1, len(job.settings.adapt.snapshots))
     if mode != "construct":
         dtype = written_dtype(job)
-        for info in job.base.names.values():
+        for name, info in job.base.names.items():
+            if name in job.layout.tied:
+                continue
             float_here = info.dtype.is_floating_point and dtype is not None
             needed += info.numel * (dtype.itemsize if float_here and dtype else info.dtype.itemsize)
         if keeps_layers(job):
@@ -71,7 +80,6 @@ def check_room(job: Job, target: Path, mode: str) -> int:
     if mode != "adapt" and job.settings.optimises:
         rows = job.settings.construct.rows
         needed += sum(4 * rows * spec.width for spec in job.layers) * len(job.experts)
-    check_disk(target, needed)
     return needed
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -11,10 +13,12 @@ from rich.text import Text
 
 from fda_fast.progress import clock
 
+_FEW = 4
+"""Layers up to this number are listed one by one."""
+
 if TYPE_CHECKING:
-    from fda_fast.checkpoints.plan import Plan
-    from fda_fast.job import Job
     from fda_fast.merge import Report
+    from fda_fast.planning import Plan, PlanRow
 
 
 def console() -> Console:
@@ -74,29 +78,34 @@ def _layers(report: Report) -> Table:
     return shown
 
 
-def plan_view(job: Job, plan: Plan, free: int) -> Group:
+def plan_view(plan: Plan) -> Group:
     """What ``fda-fast plan`` prints: layers, settings, memory, disk, time and notes.
 
+    Alike layers one after the other are one line.
+
     Args:
-        job: the merge.
-        plan: its estimates.
-        free: bytes of memory free on the device that computes.
+        plan: the merge and its estimates.
     """
+    job, speed = plan.job, plan.speed
     settings, made, fitted = job.settings, job.settings.construct, job.settings.adapt
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("layer", "kind"):
         shown.add_column(heading)
     for heading in ("parameters", "anchors", "memory", "GFLOP/step", "time"):
         shown.add_column(heading, justify="right")
-    for row in plan.rows:
+    for first, count in _alike(plan.rows):
+        row = plan.rows[first]
+        name = row.layer
+        if count > 1:
+            name += f" ... {plan.rows[first + count - 1].layer} ({count})"
         shown.add_row(
-            row.layer,
+            name,
             row.kind,
             f"{row.parameters:,}",
             str(list(row.anchors)) if settings.optimises else "-",
             size(row.memory_bytes),
             f"{row.gflop_per_step:,.3g}" if settings.optimises else "-",
-            clock(row.seconds) if settings.optimises else "-",
+            clock(row.seconds * count) if settings.optimises else "-",
         )
     lines = [
         f"experts: {', '.join(job.experts)}",
@@ -104,16 +113,39 @@ def plan_view(job: Job, plan: Plan, free: int) -> Group:
         f"{settings.outside}, device {job.device}",
     ]
     if settings.optimises:
+        timed = f"steps of {speed.layer}" if speed.layer else "steps of a smaller MLP"
         lines += [
             f"preset: {settings.preset}; {made.steps} steps at lr {made.lr:g}, {made.distance}, "
             f"from {made.init}; {fitted.epochs} epochs at lr {fitted.lr:g}, batch "
             f"{fitted.batch_size}, {fitted.distance}",
-            f"time: about {clock(plan.seconds)} at {plan.gflops:,.0f} GFLOP/s, within a factor "
-            "of 2 to 3",
+            f"time: about {clock(plan.seconds)}, of which {clock(plan.write_seconds)} to write; "
+            f"measured here: {timed} at {speed.gflops:,.0f} GFLOP/s",
         ]
-    lines.append(f"memory: about {size(plan.memory_bytes)} at once, {size(free)} free")
+    rates = f"{speed.read / 1e9:.2g} GB/s from the disk and {speed.write / 1e9:.2g} GB/s to it"
+    lines += [
+        f"reads {size(plan.read_bytes)}, writes {size(plan.written_bytes)}, at "
+        f"{'an assumed ' if speed.assumed else ''}{rates}",
+        f"memory: about {size(plan.memory_bytes)} at once"
+        + ("" if plan.limits.overlap else ", without reading ahead"),
+    ]
+    if plan.limits.gpu_memory:
+        lines.append(
+            f"GPU memory: about {size(plan.limits.gpu_memory)}, {plan.limits.batch} experts in a "
+            "batch"
+        )
     lines.append(f"disk: {size(plan.disk_bytes)}, the work beside the output included")
-    if plan.memory_bytes > free:
-        lines.append("note: more memory than is free: fewer experts are worked on at once")
     lines += [f"note: {note}" for note in job.notes]
     return Group(shown, *map(Text, lines))
+
+
+def _alike(rows: Sequence[PlanRow]) -> list[tuple[int, int]]:
+    """(first index, count) of runs of layers that differ in their names alone; short ones apart."""
+    runs: list[tuple[int, int]] = []
+    for index, row in enumerate(rows):
+        if runs and replace(rows[runs[-1][0]], layer=row.layer) == row:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((index, 1))
+    if len(rows) <= _FEW:
+        return [(index, 1) for index in range(len(rows))]
+    return runs
