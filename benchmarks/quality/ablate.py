@@ -92,8 +92,9 @@ class Ablation:
             raise SystemExit(f"{path} is missing: python benchmarks/quality/run.py vision")
         result = json.loads(path.read_text())
         self.runner = Runner(load_suite("vision"))
+        by_label = {label: start for start, label in STARTS.items()}
         self.tuned = {
-            row["start"]: row["settings"]
+            by_label[row["start"]]: row["settings"]
             for row in result["rows"]
             if row.get("which") == "tuned" and row["init"] == "weights"
         }
