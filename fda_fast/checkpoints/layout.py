@@ -14,7 +14,7 @@ from torch import nn
 
 from fda_fast.checkpoints.mixture import Expert, find_experts, shared_mlps
 from fda_fast.checkpoints.names import Names
-from fda_fast.checkpoints.openclip import image_encoder
+from fda_fast.checkpoints.openclip import image_encoder, is_image_encoder
 from fda_fast.checkpoints.reader import SHOWN, Checkpoint, some
 from fda_fast.checkpoints.repeated import (
     input_width,
@@ -118,7 +118,7 @@ class ModelLayout:
                 expected="a full model",
                 fix="Give the model it was trained on as the base model and this as an expert",
             )
-        if base.config is None and base.modules:
+        if base.config is None and is_image_encoder(base):
             # A pickled module stands in for config.json. In-memory models build on layouts.
             from fda_fast.checkpoints.memory import ModuleNames
 

@@ -99,7 +99,13 @@ def image_encoder(checkpoint: Checkpoint) -> ImageEncoder:
 
     Cost: no weights are read.
     """
-    root = next(iter(checkpoint.modules.values()))
+    root = next(iter(checkpoint.modules.values()), None)
+    if root is None:
+        raise InputError(
+            f"the {checkpoint.role} {checkpoint.path} is a state dict of an open_clip encoder",
+            expected="the pickled encoder itself (zeroshot.pt) as base model",
+            fix="Heads and activation are not in a state dict; experts may be state dicts",
+        )
     clip = _with_visual(root)
     if clip is None:
         raise InputError(
@@ -118,6 +124,11 @@ def image_encoder(checkpoint: Checkpoint) -> ImageEncoder:
             expected="plain CLIP blocks: ln_1, attn, ln_2, mlp",
             got=str(error)[:200],
         ) from error
+
+
+def is_image_encoder(checkpoint: Checkpoint) -> bool:
+    """Whether to look for ``image_encoder`` here: a pickled module, or open_clip's names."""
+    return bool(checkpoint.modules) or any(f"visual.{_LAYERS}." in n for n in checkpoint.names)
 
 
 def published_preset(model: nn.Module) -> str | None:

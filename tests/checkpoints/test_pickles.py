@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,34 @@ def test_wrappers_around_modules(tmp_path: Path) -> None:
     assert_same(read_all(tmp_path / "last.ckpt"), dict(module.state_dict()))
 
 
+def test_parameters_replaced_by_tensors(tmp_path: Path) -> None:
+    # As the published adaptation saves what it refined by coefficients.
+    module = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    weight = module[0].weight * 2
+    del module[0].weight
+    module[0].weight = weight
+    torch.save(module, tmp_path / "merged_model_by_ta.pt")
+    assert "0.weight" not in module.state_dict()
+    got = read_all(tmp_path / "merged_model_by_ta.pt")
+    assert torch.equal(got.pop("0.weight"), weight)
+    assert_same(got, dict(module.state_dict()))
+
+
+def test_zip_of_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Above 4 GB the directory keeps sizes and positions elsewhere; here from 100 bytes on.
+    tensors = {"a": torch.arange(500.0), "b": torch.ones(300, dtype=torch.int64)}
+    torch.save(tensors, tmp_path / "small.pt")
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    with (
+        zipfile.ZipFile(tmp_path / "small.pt") as source,
+        zipfile.ZipFile(tmp_path / "large.pt", "w") as target,
+    ):
+        for item in source.infolist():
+            target.writestr(item.filename, source.read(item))
+    assert b"PK\x06\x06" in (tmp_path / "large.pt").read_bytes()
+    assert_same(read_all(tmp_path / "large.pt"), tensors)
+
+
 def test_classification_head(tmp_path: Path) -> None:
     head = nn.Linear(3, 2)
     head.normalize = True
@@ -284,6 +313,12 @@ def test_state_dicts_without_the_encoder_around(encoders: Path, tmp_path: Path) 
         torch.save(tensors, tmp_path / "expert.pt")
         view = match_expert(base, Checkpoint.open(tmp_path / "expert.pt", "expert"), layout)
         assert view.unchanged == []
+
+
+def test_state_dict_as_base_is_explained(encoders: Path, tmp_path: Path) -> None:
+    torch.save(read_all(encoders / "image_encoder.pt"), tmp_path / "base.pt")
+    with pytest.raises(InputError, match=r"state dict of an open_clip encoder.*Heads"):
+        ModelLayout.from_checkpoint(Checkpoint.open(tmp_path / "base.pt"))
 
 
 def test_other_modules_are_not_guessed(tmp_path: Path, made_up_library: None) -> None:

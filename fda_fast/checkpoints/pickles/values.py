@@ -18,6 +18,9 @@ from fda_fast.checkpoints.tensorfile import TensorFile, TensorInfo
 
 MAX_DIMENSIONS = 64
 MAX_NAME = 1024
+# Parameters that code may have replaced by plain tensors, which torch keeps as attributes and
+# leaves out of state dicts: the published adaptation saves its refined layers so.
+_REPLACED = ("weight", "bias", "in_proj_weight", "in_proj_bias")
 # A model has thousands of modules and tensors; one that seems to have more refers to its parts in
 # circles, or to each so often that listing them would not end.
 _MAX_MODULES = 100_000
@@ -118,6 +121,8 @@ class Record:
     def state_dict(self) -> dict[str, PickledTensor]:
         """Parameters and persistent buffers by name, as the module's own ``state_dict()`` has.
 
+        Parameters that were replaced by plain tensors are in it too.
+
         Raises:
             Malformed: something else among them, or modules that contain each other.
         """
@@ -130,7 +135,7 @@ class Record:
         return found
 
     def tensors(self) -> dict[str, PickledTensor]:
-        """Parameters and persistent buffers of this module alone.
+        """Parameters, also those replaced by plain tensors, and persistent buffers of this module.
 
         Raises:
             Malformed: something else among them.
@@ -146,6 +151,10 @@ class Record:
                     continue
                 if not isinstance(name, str) or not isinstance(value, PickledTensor):
                     raise Malformed(f"{describe(value)} among the tensors of {self.name}")
+                found[name] = value
+        for name in _REPLACED:
+            value = self.state.get(name)
+            if isinstance(value, PickledTensor) and name not in found:
                 found[name] = value
         return found
 
