@@ -46,6 +46,25 @@ REFUSED = {
 }
 """mergekit's keys that have no meaning here, and why."""
 
+REFUSED_METHODS = {
+    "ties": "TIES trims task vectors and elects their signs",
+    "dare_ties": "DARE drops parameters at random",
+    "dare_linear": "DARE drops parameters at random",
+    "della": "DELLA drops parameters at random",
+    "della_linear": "DELLA drops parameters at random",
+    "breadcrumbs": "Model Breadcrumbs masks parameters",
+    "breadcrumbs_ties": "Model Breadcrumbs masks parameters",
+    "linear": "a linear merge has no base model",
+    "model_stock": "Model Stock interpolates by angles",
+    "slerp": "SLERP interpolates two models",
+    "nuslerp": "SLERP interpolates two models",
+    "multislerp": "SLERP interpolates models",
+    "karcher": "a Karcher mean has no task vectors",
+    "passthrough": "passthrough merges nothing",
+    "sce": "SCE selects parameters by variance",
+}
+"""mergekit's methods that are neither FDA nor one of its starting points."""
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -429,6 +448,13 @@ def _as_input_error(
         return InputError(f"{place}: {key} is missing", fix=rest.strip())
     if kind == "literal_error":
         known = _literals(first)
+        if key == "merge_method" and value in REFUSED_METHODS:
+            return InputError(
+                f"{place}: merge_method {value} is not done here: {REFUSED_METHODS[value]}",
+                expected=" or ".join(known),
+                fix="Task Arithmetic, TSV-M and WUDI are the starting points of FDA; use mergekit "
+                "for this one.",
+            )
         return InputError(
             f"{place}: {key}",
             expected=" or ".join(known),

@@ -44,17 +44,24 @@ def is_hub_id(reference: str) -> bool:
 
 
 def cached_snapshot(reference: str) -> Path | None:
-    """Folder of ``org/name[@revision]`` in the local cache; no network."""
+    """Folder of ``org/name[@revision]`` in the local cache; no network.
+
+    Found by its configuration: caches hold what somebody needed, seldom whole repositories.
+    """
     if not is_hub_id(reference):
         return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     name, _, revision = reference.partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            found = try_to_load_from_cache(name, file, revision=revision or None)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def look_up(reference: str) -> HubModel | None:

@@ -53,6 +53,7 @@ def test_reads_a_mergekit_like_file(write, tmp_path: Path) -> None:
 
 
 def test_adapter_references_keep_both_parts(write, tmp_path: Path) -> None:
+    (tmp_path / "lora" / "movie").mkdir(parents=True)
     config = load(write(YAML.replace("./movie", "base+lora/movie")))
     assert config.models[0].model == f"{tmp_path}/base+{tmp_path}/lora/movie"
     (tmp_path / "c++").mkdir()  # an existing folder with a plus in its name is a folder

@@ -99,8 +99,8 @@ def config(folder: Path, *models: str, base: str = "org/base", **rest: Any) -> s
 
 
 def test_models_of_the_hub_are_fetched_and_cached(stocked: Hub, tiny, tmp_path: Path) -> None:
-    path = config(tmp_path, "org/movie@v1", "org/base+org/lora")
-    done = stocked.merge(path, str(tmp_path / "out"))
+    models = config(tmp_path, "org/movie@v1", "org/base+org/lora")
+    done = stocked.merge(models, str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     settings = {"steps": 2, "epochs": 1, "anchors": 4, "tokens": 3, "progress": False}
     experts = {name: tiny.folder / name for name in ("movie", "lora")}
@@ -116,8 +116,9 @@ def test_models_of_the_hub_are_fetched_and_cached(stocked: Hub, tiny, tmp_path: 
     before = len(stocked.requests)
     script = "from fda_fast.references import locate; print(locate({!r}, 'x') / 'config.json')"
     for reference in ("org/base", "org/movie@v1"):
-        found = stocked.command("-c", script.format(reference), HF_HUB_OFFLINE="1").stdout.strip()
-        assert Path(found).is_file() and Path(found).is_relative_to(stocked.home)
+        found = stocked.command("-c", script.format(reference), HF_HUB_OFFLINE="1")
+        path = Path(found.stdout.strip())
+        assert path.is_file() and path.is_relative_to(stocked.home), found.stderr
     assert len(stocked.requests) == before
 
 
