@@ -93,8 +93,10 @@ class Run:
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the experts that anchors were made for."""
-        return list(next((layer.tasks for layer in self.layers if layer.tasks), {}))
+        """Names of the experts that anchors were made for, in the configuration's order."""
+        there = next((layer.tasks for layer in self.layers if layer.tasks), {})
+        known = [name for name in self.experts if name in there]
+        return known + [name for name in there if name not in known]
 
     def saved_anchors(self, task: str, layer: str) -> Anchors | None:
         """The anchors that the run kept of one (layer, task)."""
