@@ -94,6 +94,27 @@ def test_a_merge_uses_and_records_it(tiny, tmp_path: Path) -> None:
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_a_run_that_died_keeps_its_choice(tiny, tmp_path: Path, monkeypatch) -> None:
+    from fda_fast import layerwork, startscale
+
+    options = {**SMALL, "init": "gaussian", "scale": "auto"}
+    merge(tiny.base, tiny.experts, tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(layerwork, "adapt", lambda *_, **__: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            merge(tiny.base, tiny.experts, tmp_path / "out", **options)
+    searches = []
+    search = startscale.choose_scale
+    monkeypatch.setattr(
+        startscale, "choose_scale", lambda *a, **k: searches.append(1) or search(*a, **k)
+    )
+    merge(tiny.base, tiny.experts, tmp_path / "out", **options)
+    assert not searches
+    for name in ("model.safetensors", "fda_report.json"):
+        one, two = (tmp_path / folder / name for folder in ("whole", "out"))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
 def test_what_configurations_may_say() -> None:
     def scale(value: object) -> object:
         models = [{"model": "m"}]
