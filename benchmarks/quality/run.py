@@ -157,8 +157,20 @@ def best(candidates: Mapping[str, Unit]) -> str:
     return max(candidates, key=lambda name: mean(candidates[name]["scores"]))
 
 
-def run(runner: Runner, seeds: int) -> list[dict[str, Any]]:
-    """All rows of the result."""
+INITS = ("weights", "gaussian")
+
+
+def run(
+    runner: Runner, seeds: int, *, inits: Sequence[str] = INITS, bounds: bool = True
+) -> list[dict[str, Any]]:
+    """The rows of the result.
+
+    Args:
+        runner: of the suite.
+        seeds: of construction and adaptation.
+        inits: of the anchors.
+        bounds: also with published settings, and on real activations.
+    """
     suite = runner.suite
     rows: list[dict[str, Any]] = []
 
@@ -182,7 +194,7 @@ def run(runner: Runner, seeds: int) -> list[dict[str, Any]]:
     source = {"init": "weights", "seed": 0}
     tuned = {start: runner.tune_fda(start, first, source) for start in STARTS}
     off_diagonal = runner.tune_regmean(first, source)
-    for init in ("weights", "gaussian"):
+    for init in inits:
         made = {seed: runner.anchors(init, seed) for seed in range(seeds)}
         cost = [made[seed][1]["seconds"] for seed in made]
         sources = {seed: {"init": init, "seed": seed} for seed in made}
@@ -196,6 +208,8 @@ def run(runner: Runner, seeds: int) -> list[dict[str, Any]]:
         units = [runner.regmean(made[s][0], sources[s], off_diagonal) for s in made]
         add("RegMean on anchors", units, init=init, settings={"off_diagonal": off_diagonal},
             construct_seconds=cost)  # fmt: skip
+    if not bounds:
+        return rows
     for start, label in STARTS.items():
         settings = suite.grid.published[start]
         unit = runner.fda(start, first, source, {**settings, "seed": 0})
@@ -236,10 +250,12 @@ def main() -> None:
     parser.add_argument("suite", choices=("vision", "text"))
     parser.add_argument("--seeds", type=int, default=3, help="of construction and adaptation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--inits", nargs="+", choices=INITS, default=INITS, help="of anchors")
+    parser.add_argument("--no-bounds", action="store_true", help="no published settings, no data")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     suite = load_suite(args.suite)
-    rows = run(Runner(suite), args.seeds)
+    rows = run(Runner(suite), args.seeds, inits=args.inits, bounds=not args.no_bounds)
     payload = {
         "suite": suite.name,
         "tasks": {
