@@ -71,10 +71,10 @@ def test_on_the_cpu_every_expert_is_a_batch_of_its_own(big: Job) -> None:
 
 def test_a_gpu_takes_as_many_experts_as_fit(big: Job) -> None:
     gpu = dataclasses.replace(big, device=torch.device("cuda"))
-    batches = [choose_limits(gpu, None, n << 30).batch for n in (80, 9, 7)]
+    batches = [choose_limits(gpu, None, int(n * 2**30)).batch for n in (80, 9, 7.5)]
     assert batches == sorted(batches, reverse=True) and batches[0] == 4 > batches[-1]
     assert choose_limits(gpu, None, 80 << 30).overlap
-    for limit in (80 << 30, 9 << 30, 7 << 30):
+    for limit in (80 << 30, 9 << 30, 15 << 29):
         assert choose_limits(gpu, None, limit).gpu_memory <= limit
     with pytest.raises(InputError, match=r"max_gpu_memory 2\.00 GiB is too small for layer"):
         choose_limits(gpu, None, 2 << 30)
