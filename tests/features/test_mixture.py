@@ -105,6 +105,7 @@ def test_a_merge_loads_and_moves_the_experts_alone(
     assert torch.isfinite(model(input_ids=tokens).logits).all()
 
 
+@pytest.mark.skipif(hf.__version__ < "5", reason="transformers 4 has no fused experts")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_built_expert_is_the_models_own(models, family: str) -> None:
     """Against transformers' own fused arithmetic, one expert at a time."""
