@@ -476,3 +476,13 @@ def test_arrays_in_every_protocol(tmp_path: Path, protocol: int) -> None:
     path.write_bytes(stream.getvalue())
     file = TensorFile(path, "test")
     assert np.array_equal(load_pickle(file)["a"].read(file), array)
+
+
+def test_arrays_of_numpy_before_2(tmp_path: Path) -> None:
+    array = np.arange(12, dtype="f4").reshape(3, 4)
+    content = pickle.dumps(array, 2).replace(b"numpy._core.", b"numpy.core.")
+    assert b"numpy.core.multiarray" in content
+    path = tmp_path / "a.pkl"
+    path.write_bytes(content)
+    file = TensorFile(path, "test")
+    assert np.array_equal(load_pickle(file).read(file), array)
