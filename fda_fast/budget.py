@@ -121,6 +121,7 @@ def workload(job: Job) -> estimate.Workload:
         fitted.batch_size,
         coefficients,
         starts=settings.start != "pretrained" and not fitted.per_task,
+        snapshots=max(0, len(fitted.snapshots) - 1),
     )
 
 

@@ -67,6 +67,7 @@ class Workload:
         coefficients: vectors of coefficients adapted: 0 (all weights are), 1, or K.
         optimises: False for a starting point alone.
         starts: whether a starting point is computed.
+        snapshots: models kept from earlier epochs beside the last one.
     """
 
     tasks: int
@@ -78,6 +79,7 @@ class Workload:
     coefficients: int = 0
     optimises: bool = True
     starts: bool = False
+    snapshots: int = 0
 
     @property
     def rows(self) -> int:
@@ -154,7 +156,7 @@ def construct_bytes(layer: Shapes, load: Workload, group: int = 1) -> int:
 def adapt_bytes(layer: Shapes, load: Workload) -> int:
     """What adaptation holds beside the layers themselves and all anchors."""
     copy = parameter_bytes(layer)
-    found = copy * (_COPIES_ADAPT + _COPIES_COEFFICIENT * load.coefficients)
+    found = copy * (_COPIES_ADAPT + _COPIES_COEFFICIENT * load.coefficients + load.snapshots)
     batch = min(load.batch_size, load.tasks * load.anchors) * load.tokens
     found += FLOAT * batch * _widths(layer) * _ADAPT_ROW_VALUES
     found += FLOAT * load.tasks * load.rows * layer.width * _TARGET_COPIES
@@ -187,7 +189,7 @@ def layer_memory(
         work += FLOAT * load.tasks * load.rows * layer.width
     if load.starts or not load.optimises:
         work = max(work, start_bytes(layer, load))
-    return LayerMemory((1 + load.tasks) * copy, stored, work, copy)
+    return LayerMemory((1 + load.tasks) * copy, stored, work, (1 + load.snapshots) * copy)
 
 
 def tensor_memory(numel: int, itemsize: int, load: Workload, *, merged: bool, overlap: bool) -> int:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from fda_fast import merge
+from fda_fast import estimate, merge
+from fda_fast.budget import workload
 from fda_fast.config import parse
 from fda_fast.errors import InputError
+from fda_fast.job import prepare
 
 SMALL: dict[str, Any] = {
     "anchors": 6,
@@ -87,3 +89,19 @@ def test_what_configurations_may_say() -> None:
     for wrong in ([], [0, 1], 0, True, "ten", 1.5):
         with pytest.raises(InputError, match=r"parameters\.epochs: a positive integer"):
             epochs(wrong)
+
+
+def test_models_kept_meanwhile_count_as_memory(tiny) -> None:
+    def memory(epochs: object) -> tuple[int, int]:
+        models = [{"model": str(path)} for path in tiny.experts]
+        content = {"merge_method": "fda", "base_model": str(tiny.base), "models": models}
+        job = prepare(parse({**content, "parameters": {"epochs": epochs}}), "cpu")
+        load = workload(job)
+        job.close()
+        layer = job.layers[0]
+        found = estimate.layer_memory(layer, load)
+        return estimate.adapt_bytes(layer, load) + found.saved, 4 * layer.numel
+
+    one, copy = memory(3)
+    three, _ = memory([1, 2, 3])
+    assert three - one == 4 * copy  # two models, as they are adapted and as they are saved
