@@ -66,17 +66,17 @@ def run(args: Namespace, device: torch.device, say: Callable[[str], None]) -> li
     if args.modality != "nlg":
         folders.write_settings(folder / SETTINGS, args)
     stream = Stream(0 if args.modality == "nlg" else args.seed, device)
+    # In NLU the scripts load the pretrained model once, and from a merged start for each layer.
     classifier = models.lacking_classifier() if isinstance(models, HuggingFace) else None
-    loading = args.modality == "nlu" and classifier is not None
-    if loading and classifier is not None:
+    if classifier is not None:
         stream.classifier(*classifier)
     try:
         for index in range(models.n_layers):
             begun = time.monotonic()
             pretrained, finetuned = models.read(index)
             files = _read_anchors(args, models, index, finetuned)
-            if loading and classifier is not None and args.init_params != "pretrained":
-                stream.classifier(*classifier)  # the script loads the pretrained model again
+            if classifier is not None and args.init_params != "pretrained":
+                stream.classifier(*classifier)
             start = _start(args, models, index, pretrained, finetuned, merged)
             layer, history = _fit(args, pretrained, finetuned, files, start, stream)
             writer.add(index, dict(layer.named_parameters()))

@@ -53,7 +53,7 @@ def run(args: Namespace, device: torch.device, say: Callable[[str], None]) -> No
         pretrained, finetuned = models.read(index)
         starts = {}
         for task in models.tasks:
-            if args.modality == "nlu" and classifier is not None:
+            if classifier is not None:
                 stream.classifier(*classifier)
             starts[task] = stream.anchors(
                 finetuned[task],
