@@ -25,7 +25,7 @@ def show(path: Path, console: Console | None = None) -> None:
     """Print what is at ``path``; reads headers and metadata, and the tensors of anchors files.
 
     Args:
-        path: a checkpoint, an anchors file, a folder of anchors, or a work directory.
+        path: a checkpoint or a folder of them by epochs, an anchors file, a folder of anchors, or a work directory.
         console: where to print.
 
     Raises:
@@ -41,6 +41,9 @@ def show(path: Path, console: Console | None = None) -> None:
 def _describe(path: Path) -> Iterator[Table | Text]:
     if path.is_dir() and (path / "job.json").exists():
         yield from _work_directory(path)
+    elif several := _snapshots(path):
+        for model in several:
+            yield from _checkpoint(model)
     elif (
         path.is_dir() and any(path.glob("*/*.safetensors")) and not (path / "config.json").exists()
     ):
@@ -49,6 +52,12 @@ def _describe(path: Path) -> Iterator[Table | Text]:
         yield from _anchors_file(path)
     else:
         yield from _checkpoint(path)
+
+
+def _snapshots(path: Path) -> list[Path]:
+    """The models in the output of a merge with several numbers of epochs, by those numbers."""
+    found = [p for p in path.glob("epochs-*") if (p / "config.json").exists()]
+    return sorted(found, key=lambda p: (len(p.name), p.name))
 
 
 def _plain(*headings: str, right: int = 1) -> Table:

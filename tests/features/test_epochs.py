@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fda_fast import estimate, merge
 from fda_fast.budget import workload
 from fda_fast.config import parse
 from fda_fast.errors import InputError
+from fda_fast.inspection import show
 from fda_fast.job import prepare
 
 SMALL: dict[str, Any] = {
@@ -53,6 +56,10 @@ def test_models_load_and_anchors_are_kept_once(tiny, tmp_path: Path) -> None:
     for name in ("epochs-1", "epochs-2"):
         AutoModel.from_pretrained(tmp_path / "out" / name)
         AutoTokenizer.from_pretrained(tmp_path / "out" / name)
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(tmp_path / "out", console)
+    text = console.export_text()
+    assert text.index("epochs-1") < text.index("epochs-2")
 
 
 def test_a_run_that_died_while_writing_goes_on(tiny, tmp_path: Path, monkeypatch) -> None:
