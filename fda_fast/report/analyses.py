@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +11,14 @@ from torch import Tensor
 
 from fda_fast.anchors import Anchors
 from fda_fast.errors import InputError
-from fda_fast.report.landscape import Landscape, Plane, adaptation_loss, landscape
+from fda_fast.report.features import read_features
+from fda_fast.report.landscape import Plane, adaptation_loss, landscape
 from fda_fast.report.projection import cone_projection, induced_updates
 from fda_fast.report.replay import milestones, replay
-from fda_fast.report.representation import Bias, hidden_states, representation_bias
+from fda_fast.report.results import Analyses, LayerAnalysis, TaskAnalysis
 from fda_fast.report.run import Run
-from fda_fast.report.spectrum import Spectrum, spectrum
-from fda_fast.report.subspace import SHARE, Overlap, directions, overlap
+from fda_fast.report.spectrum import spectrum
+from fda_fast.report.subspace import SHARE, directions, overlap
 from fda_fast.work import file_name
 
 if TYPE_CHECKING:
@@ -27,69 +27,11 @@ if TYPE_CHECKING:
 
 BATCHES = 32
 """Update vectors that span a cone, at most; the paper takes 512 of whole training."""
+NO_ENERGY = (
+    "Projection energy: there is no memory for several updates of a layer, or too few inputs."
+)
 ARITHMETIC = 0.3
 """Task Arithmetic's published factor, for the point of that name."""
-
-
-@dataclass
-class TaskAnalysis:
-    """What is known of one (layer, task).
-
-    Attributes:
-        spectra: spectrum of the anchors by step.
-        drift: largest difference of the repeated construction's last anchors from the kept ones,
-            relative to the kept ones' largest value; None if none were kept.
-        overlaps: with the real activations, by step, at a fifth of the width.
-        overlap_by_rank: of the last step's anchors, and of the first step's, at many ranks.
-        overlap_of_data: of one half of the real activations with the other: what could be reached.
-        energy: share of the anchors' update in the cone of real updates, by step.
-        reverse: share of the real update in the cone of the anchors' updates, at the first and the
-            last step.
-        reference: share of the task vector in the cone of real updates.
-    """
-
-    spectra: dict[int, Spectrum] = field(default_factory=dict)
-    drift: float | None = None
-    overlaps: dict[int, Overlap] = field(default_factory=dict)
-    overlap_by_rank: tuple[Overlap, Overlap] | None = None
-    overlap_of_data: Overlap | None = None
-    energy: dict[int, float] = field(default_factory=dict)
-    reverse: dict[int, float] = field(default_factory=dict)
-    reference: float | None = None
-
-
-@dataclass
-class LayerAnalysis:
-    """What is known of one layer.
-
-    Attributes:
-        layer: its name.
-        tasks: by task name; experts that leave the layer as it is are missing.
-        on_anchors: the adaptation loss around the pretrained and the merged layer.
-        on_activations: the same loss on real activations.
-    """
-
-    layer: str
-    tasks: dict[str, TaskAnalysis] = field(default_factory=dict)
-    on_anchors: Landscape | None = None
-    on_activations: Landscape | None = None
-
-
-@dataclass
-class Analyses:
-    """All analyses of a run.
-
-    Attributes:
-        layers: of the layers looked at.
-        bias: {model: {task: [bias of every layer]}}, distance from the expert's features.
-        bias_layers: names of these layers.
-        missing: what could not be done, and how to get it.
-    """
-
-    layers: list[LayerAnalysis] = field(default_factory=list)
-    bias: dict[str, dict[str, list[Bias]]] = field(default_factory=dict)
-    bias_layers: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
 
 
 def choose_layers(run: Run, wanted: str | None) -> list[int]:
@@ -174,6 +116,7 @@ def analyse(
     indices: Sequence[int],
     texts: Mapping[str, Path] | None = None,
     activations: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Analyses:
     """All analyses that the inputs allow.
 
@@ -183,6 +126,7 @@ def analyse(
         indices: layers whose construction is repeated and looked at closely.
         texts: files of texts by task, one a line.
         activations: a folder that ``save_activations`` wrote; used in place of texts where given.
+        say: told what is being done, in a few words.
 
     Cost: construction of these layers once more, and forward passes over at most 64 texts a task.
     """
@@ -193,7 +137,8 @@ def analyse(
     if activations is not None:
         real = read_activations(activations, run)
     if texts:
-        collected = _read_texts(run, job, texts, result, collect=activations is None)
+        say("features on texts")
+        collected = read_features(run, job, texts, result, collect=activations is None)
         real = real or collected
     else:
         result.missing.append("Representation bias: give --texts, a file of one text a line.")
@@ -201,7 +146,8 @@ def analyse(
         result.missing.append(
             "Subspace similarity, projection energy: give --texts or --activations."
         )
-    for index in indices:
+    for number, index in enumerate(indices, 1):
+        say(f"layer {number}/{len(indices)} {run.layers[index].layer}")
         inputs = read_layer(job, index)
         name = inputs.name
         here = {task: layers[name] for task, layers in real.items() if name in layers}
@@ -242,21 +188,32 @@ def _layer(
         last.setdefault(task, final)
         analysis.spectra = {step: spectrum(tensor) for step, tensor in by_step.items()}
         if task in real:
-            _compare(analysis, inputs, task, by_step, real[task], job, result)
+            compare(analysis, inputs, task, by_step, real[task], job)
+            if not analysis.energy and NO_ENERGY not in result.missing:
+                result.missing.append(NO_ENERGY)
     _landscapes(run, job, inputs, last, real, found)
     return found
 
 
-def _compare(
+def compare(
     analysis: TaskAnalysis,
     inputs: LayerInput,
     task: str,
     by_step: Mapping[int, Tensor],
     real: Tensor,
     job: Job,
-    result: Analyses,
 ) -> None:
-    """Anchors against real activations: subspaces, then updates."""
+    """Anchors against real activations: subspaces, then updates.
+
+    Args:
+        analysis: of this (layer, task); overlaps and energies are filled in, energies only if there
+            is memory for at least two updates of the layer.
+        inputs: the layer.
+        task: the expert.
+        by_step: its anchors by step.
+        real: what its layer takes in on real data, [n, (T,) d].
+        job: the merge.
+    """
     there = {step: directions(tensor) for step, tensor in by_step.items()}
     true = directions(real)
     width = true.shape[-1]
@@ -273,9 +230,6 @@ def _compare(
     base, expert = inputs.pretrained, inputs.finetuned[task]
     count = _batches(inputs, job, min(len(real), len(by_step[first])))
     if count < 2:
-        note = "Projection energy: not enough memory for the updates of a layer, or of inputs."
-        if note not in result.missing:
-            result.missing.append(note)
         return
     device = next(base.parameters()).device
     distance = job.settings.construct.distance
@@ -363,66 +317,3 @@ def _landscapes(
         if tasks:
             loss = adaptation_loss(inputs.pretrained, tasks, distance)
             setattr(found, kind, landscape(plane, loss, places))
-
-
-def _read_texts(
-    run: Run, job: Job, texts: Mapping[str, Path], result: Analyses, *, collect: bool
-) -> dict[str, dict[str, Tensor]]:
-    """The experts' activations on texts; fills in the representation bias."""
-    from fda_fast.activations import collect_activations
-    from fda_fast.report import texts as reading
-    from fda_fast.startpoint import merged_tensor
-
-    if job.base.directory is None:
-        raise InputError("texts", expected="a base model in a Hugging Face folder")
-    tokenizer = reading.load_tokenizer(run.folder, job.base.directory)
-    inputs = {
-        task: reading.batches(reading.read_texts(path), tokenizer) for task, path in texts.items()
-    }
-    model = reading.load_model(job.base.directory)
-    names = [layer.layer for layer in run.layers]
-    modules = dict(model.named_modules())
-    paths = {n: n for n in names if n in modules}
-    result.bias_layers = list(paths)
-    models = {"pretrained": {}, "merged": _tensors(run, job)}
-    layered = [name for spec in job.layers for name in spec.parameters.values()]
-    if job.settings.start != "pretrained":
-        models["start"] = {name: merged_tensor(job, name) for name in layered}
-    features = {}
-    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for label, tensors in models.items():
-        _reset(model, base)
-        reading.put(model, job, tensors)
-        features[label] = {
-            task: hidden_states(model, found, paths) for task, found in inputs.items()
-        }
-    real = {}
-    for task, found in inputs.items():
-        _reset(model, base)
-        reading.put_expert(model, job, task)
-        theirs = hidden_states(model, found, paths)
-        if collect:
-            real[task] = collect_activations(
-                model, found, layers=names, scope=job.settings.scope, count=1 << 30
-            )
-        for label, by_task in features.items():
-            rows = [representation_bias(by_task[task][name], theirs[name]) for name in paths]
-            result.bias.setdefault(label, {})[task] = rows
-    return real
-
-
-def _tensors(run: Run, job: Job) -> dict[str, Tensor]:
-    """Every tensor of the merged model under the base's names."""
-    from fda_fast.checkpoints.reader import Checkpoint
-
-    merged = Checkpoint.open(run.folder, role="merged model")
-    try:
-        return merged.read([name for name in job.base.names if name in merged.names])
-    finally:
-        merged.close()
-
-
-@torch.no_grad()
-def _reset(model: torch.nn.Module, values: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(values[name])

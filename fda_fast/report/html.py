@@ -97,7 +97,8 @@ def section(title: str, lead: str, *parts: str) -> str:
 def grid(*figures: str) -> str:
     """Figures side by side where there is room."""
     found = [figure for figure in figures if figure]
-    return f'<div class="grid">{"".join(found)}</div>' if found else ""
+    pairs = " pairs" if len(found) in (2, 4) else ""
+    return f'<div class="grid{pairs}">{"".join(found)}</div>' if found else ""
 
 
 def folded(summary: str, content: str) -> str:

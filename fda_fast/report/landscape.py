@@ -138,14 +138,15 @@ def landscape(
     for name, weights in places.items():
         x, y, off = plane.coordinates(weights)
         marked[name] = Place(x, y, off, loss(dict(weights)))
-    corners = [place for place in marked.values()]
     aa, ab, bb = plane._gram()
-    xs = [0.0, math.sqrt(aa), ab / math.sqrt(aa), *(place.x for place in corners)]
-    ys = [0.0, math.sqrt(bb - ab * ab / aa), *(place.y for place in corners)]
-    # One margin and one scale for both axes: the map shall not distort distances.
-    pad = margin * max(max(xs) - min(xs), max(ys) - min(ys))
-    x_grid = torch.linspace(min(xs) - pad, max(xs) + pad, resolution).double()
-    y_grid = torch.linspace(min(ys) - pad, max(ys) + pad, resolution).double()
+    xs = [0.0, math.sqrt(aa), ab / math.sqrt(aa), *(place.x for place in marked.values())]
+    ys = [0.0, math.sqrt(bb - ab * ab / aa), *(place.y for place in marked.values())]
+    # A square map: both axes have one scale, so that distances are not distorted.
+    half = (0.5 + margin) * max(max(xs) - min(xs), max(ys) - min(ys))
+    x_grid, y_grid = (
+        torch.linspace(-half, half, resolution).double() + (max(values) + min(values)) / 2
+        for values in (xs, ys)
+    )
     values = [[loss(plane.at(x, y)) for x in x_grid.tolist()] for y in y_grid.tolist()]
     return Landscape(x_grid, y_grid, torch.tensor(values, dtype=torch.float64), marked)
 

@@ -7,9 +7,10 @@ from html import escape
 from typing import Any
 
 from fda_fast.report import panels
-from fda_fast.report.analyses import Analyses, LayerAnalysis
 from fda_fast.report.curves import distance_of, headline, live_cosines, mean_cosine, remaining
 from fda_fast.report.html import folded, grid, heat_map, mean, section, table, tiles
+from fda_fast.report.maps import surface
+from fda_fast.report.results import Analyses, LayerAnalysis
 from fda_fast.report.run import Run
 from fda_fast.version import __version__
 
@@ -108,7 +109,8 @@ def _head(run: Run) -> str:
     if found.remaining is not None:
         change = f"{found.remaining - 1:+.0%}".replace("-", "−")
         cells.append(("adaptation", change, "distance from the experts"))
-    cells.append(("experts", str(len(run.experts)), f"{len(run.layers)} layers"))
+    if not cells:
+        cells.append(("experts", str(len(run.experts)), f"{len(run.layers)} layers"))
     return (
         f'<header>\n<p class="eyebrow">Merge report</p>\n<h1>{escape(run.folder.name)}</h1>\n'
         f'<p class="lead">{escape(summary(run))}</p>\n{tiles(cells)}\n</header>'
@@ -188,7 +190,8 @@ def _analyses(found: Analyses) -> list[str]:
             "Spectrum of the anchors",
             "Singular values of the anchors, unfolded to vectors, relative to the largest. The "
             "paper: whatever they begin as, the spectrum becomes long-tailed. The Gini coefficient "
-            "says so in a number: 0 for a flat spectrum, towards 1 for few strong directions.",
+            "says so in a number: 0 for a flat spectrum, towards 1 for few strong directions."
+            + _repeated(layers),
             grid(*(panels.spectra(layer, i) for i, layer in numbered)),
             folded("By expert", _spectrum_table(layers)),
         ),
@@ -198,8 +201,11 @@ def _analyses(found: Analyses) -> list[str]:
             "expert's layer takes in on real data: tr(P Q) / k for the projections onto k "
             "directions. The paper: it rises over the run.",
             grid(
-                *(panels.overlap_over_steps(layer, i) for i, layer in numbered),
-                *(panels.overlap_over_ranks(layer, i) for i, layer in numbered),
+                *(
+                    draw(layer, i)
+                    for i, layer in numbered
+                    for draw in (panels.overlap_over_steps, panels.overlap_over_ranks)
+                )
             ),
             folded("By expert", _overlap_table(layers)),
         ),
@@ -235,7 +241,7 @@ def _analyses(found: Analyses) -> list[str]:
 def _surfaces(layer: LayerAnalysis, number: int) -> list[str]:
     pairs = ((layer.on_anchors, "anchors"), (layer.on_activations, "real activations"))
     return [
-        panels.surface(found, layer.layer, what, f"surface-{number}-{what.split()[0]}")
+        surface(found, layer.layer, what, f"surface-{number}-{what.split()[0]}")
         for found, what in pairs
         if found is not None
     ]
@@ -252,6 +258,19 @@ def _spectrum_table(layers: list[LayerAnalysis]) -> str:
                 rows.append([f"{layer.layer}, {task}", str(step), *cells])
     head = ["layer and expert", "step", "Gini", "effective rank", "stable rank"]
     return table("Spectrum of the anchors at both ends", head, rows) if rows else ""
+
+
+def _repeated(layers: list[LayerAnalysis]) -> str:
+    """How near the repeated construction came to the anchors that were kept."""
+    drifts = [
+        task.drift for layer in layers for task in layer.tasks.values() if task.drift is not None
+    ]
+    if not drifts:
+        return ""
+    return (
+        " For this the construction was repeated; it ends within "
+        f"{max(drifts):.1g} of the anchors kept, relative to their largest value."
+    )
 
 
 def _overlap_table(layers: list[LayerAnalysis]) -> str:

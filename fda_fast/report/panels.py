@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import torch
 
 from fda_fast.layerwork import LayerResult
-from fda_fast.report.analyses import LayerAnalysis, TaskAnalysis
 from fda_fast.report.curves import alignment_curve, distance_of
-from fda_fast.report.landscape import Landscape
-from fda_fast.report.plots import ACCENT, INK, MUTED, PAPER, drawing, legend, steps_axis, svg
+from fda_fast.report.plots import ACCENT, INK, MUTED, drawing, legend, steps_axis, svg
 from fda_fast.report.representation import Bias
+from fda_fast.report.results import LayerAnalysis, TaskAnalysis
 
 
 def figure(picture: str, caption: str) -> str:
@@ -111,7 +109,7 @@ def spectra(layer: LayerAnalysis, number: int) -> str:
         axes.set_xlabel("singular value, by rank")
         axes.set_ylabel("relative to the largest")
         axes.set_yscale("log")
-        axes.set_ylim(1e-3, 1.3)
+        axes.set_ylim(max(1e-4, 0.6 * min(axes.dataLim.y0, 0.1)), 1.3)
         axes.set_title(layer.layer, loc="left", fontsize=11.5, pad=20, color=INK)
         legend(axes)
         first, last = (_mean([t.spectra[s].gini for t in tasks]) for s in (steps[0], steps[-1]))
@@ -143,7 +141,7 @@ def overlap_over_steps(layer: LayerAnalysis, number: int) -> str:
         if halves:
             axes.axhline(_mean(halves), color=MUTED, ls=":", lw=1.3, label="two halves of the data")
         steps_axis(axes)
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, min(1.0, 1.15 * max([0.3, *halves, *(end[1] for end in ends)])))
         axes.set_ylabel(f"similarity at k = {found.ranks[0]}")
         axes.set_title(layer.layer, loc="left", fontsize=11.5, pad=20, color=INK)
         legend(axes)
@@ -193,7 +191,7 @@ def energy(layer: LayerAnalysis, number: int) -> str:
     with drawing() as (canvas, axes):
         steps = sorted(set.intersection(*(set(task.energy) for task in tasks)))
         values = [_mean([task.energy[step] for task in tasks]) for step in steps]
-        axes.plot(steps, values, color=ACCENT, marker="o", ms=3, label="anchors' on data's")
+        axes.plot(steps, values, color=ACCENT, marker="o", ms=3, label="anchors on data")
         reverse = _reverse(tasks)
         if reverse:
             axes.plot(
@@ -204,11 +202,11 @@ def energy(layer: LayerAnalysis, number: int) -> str:
                 lw=1.2,
                 marker="o",
                 ms=3,
-                label="data's on anchors'",
+                label="data on anchors",
             )
         vector = [task.reference for task in tasks if task.reference is not None]
         if vector:
-            axes.axhline(_mean(vector), color=MUTED, ls=":", lw=1.3, label="task vector on data's")
+            axes.axhline(_mean(vector), color=MUTED, ls=":", lw=1.3, label="task vector on data")
         steps_axis(axes)
         axes.set_ylim(0, 1)
         axes.set_ylabel("share of the norm")
@@ -255,67 +253,3 @@ def bias(task: str, models: Mapping[str, Sequence[Bias]], number: int) -> str:
             canvas, f"bias-{number}", f"Distance from the features of {task} at the end: {said}."
         )
     return figure(picture, "At the last layer: " + said + ".")
-
-
-def surface(found: Landscape, layer: str, what: str, name: str) -> str:
-    """A loss landscape: contours, and where the models lie."""
-    loss = found.loss
-    low, high = loss.min().item(), loss.max().item()
-    with drawing((4.2, 3.8)) as (canvas, axes):
-        floor = max(low, high * 1e-4)
-        edges = torch.linspace(math.log(floor), math.log(high), 13).exp().tolist()
-        edges[0], edges[-1] = min(low, edges[0]) * 0.999, high * 1.001
-        # The lower, the stronger: the accent with an opacity for every level.
-        accent = int(ACCENT[1:3], 16) / 255
-        shades = [(accent, accent, accent, 0.92 * (1 - i / 11) ** 1.3) for i in range(12)]
-        x, y = found.x.tolist(), found.y.tolist()
-        axes.contourf(x, y, loss.clamp(min(low, floor), high).tolist(), edges, colors=shades)
-        axes.contour(x, y, loss.tolist(), edges[1:-1], colors=[MUTED], linewidths=0.35)
-        marks = {"pretrained": "s", "start": "^", "merged": "o", "Task Arithmetic": "D"}
-        labelled: list[tuple[float, float]] = []
-        for place_name, place in found.places.items():
-            known = place_name in marks
-            axes.plot(
-                place.x,
-                place.y,
-                marks.get(place_name, "P"),
-                color=PAPER,
-                mec=INK,
-                mew=1.2 if known else 0.8,
-                ms=7 if place_name == "merged" else 5,
-                zorder=3,
-            )
-            labelled.append((place.x, place.y))
-            _label(axes, place_name, place.x, place.y, len(labelled))
-        axes.set_aspect("equal")
-        axes.grid(False)
-        axes.set_xlabel("towards the experts' mean")
-        axes.set_ylabel("across")
-        axes.set_title(f"{layer}, {what}", loc="left", fontsize=11.5, color=INK)
-        merged, base = found.places["merged"].loss, found.places["pretrained"].loss
-        text = (
-            f"Loss of {layer} on {what}: {base:.3g} at the pretrained layer, {merged:.3g} at the "
-            "merged one."
-        )
-        picture = svg(canvas, name, text)
-    return figure(picture, f"Pretrained {base:.3g}, merged {merged:.3g}. Stronger colour: lower.")
-
-
-def _label(axes: object, text: str, x: float, y: float, number: int) -> None:
-    """A name beside a mark; experts, off the plane, above or below in turn."""
-    from matplotlib.axes import Axes
-
-    assert isinstance(axes, Axes)
-    above = number % 2 == 0
-    drawn = axes.annotate(
-        text,
-        (x, y),
-        xytext=(0, 7 if above else -7),
-        textcoords="offset points",
-        ha="center",
-        va="bottom" if above else "top",
-        fontsize=9.5,
-        color=INK,
-        zorder=4,
-    )
-    drawn.set_gid(f"label-{number}")  # the page's style draws a rim around these

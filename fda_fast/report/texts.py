@@ -49,8 +49,9 @@ def batches(texts: list[str], tokenizer: Any) -> list[dict[str, Tensor]]:
     Returns:
         At most 64 texts, {"input_ids": [b, T], "attention_mask": [b, T]}.
     """
-    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-    length = min(LONGEST, sorted(lengths)[len(lengths) // 2])
+    cut = tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
+    lengths = [len(ids) for ids in cut]
+    length = sorted(lengths)[len(lengths) // 2]
     kept = [text for text, there in zip(texts, lengths, strict=True) if there >= length][:COUNT]
     encoded = tokenizer(kept, truncation=True, max_length=length)["input_ids"]
     ids = torch.tensor(encoded)
@@ -62,10 +63,17 @@ def batches(texts: list[str], tokenizer: Any) -> list[dict[str, Tensor]]:
 def load_model(folder: Path) -> nn.Module:
     """The transformers model of a folder, in float32 and eval mode; nothing is downloaded."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
-    model: nn.Module = AutoModel.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, trust_remote_code=False
-    )
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model: nn.Module = AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, trust_remote_code=False
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return model.eval()
 
 

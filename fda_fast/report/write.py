@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fda_fast.errors import InputError
-from fda_fast.report.analyses import Analyses, analyse, choose_layers, without_checkpoints
+from fda_fast.report.analyses import analyse, choose_layers, without_checkpoints
 from fda_fast.report.page import page
 from fda_fast.report.plots import require_matplotlib
+from fda_fast.report.results import Analyses
 from fda_fast.report.run import PathLike, Run
 from fda_fast.work import write_atomically
 
@@ -24,6 +25,7 @@ def write_report(
     activations: PathLike | None = None,
     layers: str | None = None,
     device: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write the report of a merge as one HTML file that loads nothing and runs no script.
 
@@ -42,6 +44,7 @@ def write_report(
         layers: which to look at closely: names or numbers with commas between, "all" or "none";
             default the middle and the last one.
         device: "auto", "cpu", "cuda", "cuda:N".
+        say: told what is being done, in a few words.
 
     Returns:
         Path of the page.
@@ -59,7 +62,7 @@ def write_report(
     target = Path(os.path.abspath(target.expanduser()))
     if not target.parent.is_dir():
         raise InputError(f"output {target}", expected="a folder that exists")
-    analyses = _analyses(opened, pretrained, experts, texts, activations, layers, device)
+    analyses = _analyses(opened, pretrained, experts, texts, activations, layers, device, say)
     write_atomically(target, page(opened, analyses).encode())
     return target
 
@@ -72,6 +75,7 @@ def _analyses(
     activations: PathLike | None,
     layers: str | None,
     device: str,
+    say: Callable[[str], None],
 ) -> Analyses:
     if pretrained is None or not experts:
         given = {"texts": texts, "activations": activations, "layers": layers}
@@ -101,6 +105,6 @@ def _analyses(
     folder = None if activations is None else Path(activations)
     job = run.job(pretrained, experts, device)
     try:
-        return analyse(run, job, indices=indices, texts=files, activations=folder)
+        return analyse(run, job, indices=indices, texts=files, activations=folder, say=say)
     finally:
         job.close()
