@@ -25,7 +25,8 @@ def show(path: Path, console: Console | None = None) -> None:
     """Print what is at ``path``; reads headers and metadata, and the tensors of anchors files.
 
     Args:
-        path: a checkpoint or a folder of them by epochs, an anchors file, a folder of anchors, or a work directory.
+        path: a checkpoint or a folder of them by epochs, an anchors file, a folder of anchors, or
+            a work directory.
         console: where to print.
 
     Raises:
