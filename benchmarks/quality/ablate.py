@@ -113,7 +113,8 @@ class Ablation:
             )
             for key in ("loss", "seconds", "steps"):
                 found[key].append(record[key])
-            source = {**variant.construct, "at": variant.at, "seed": seed}
+            source = methods.settings_of(self.runner.suite, seed, **variant.construct)
+            source["at"] = variant.at
             for start in ("pretrained", "task_arithmetic"):
                 settings = {**self.tuned[start], **variant.adapt, "seed": seed}
                 unit = self.runner.fda(start, anchors, source, settings)

@@ -50,13 +50,15 @@ def scaled(suite: Suite, layers: LayerWeights, scaling: float) -> LayerWeights:
     ]
 
 
-def defaults(suite: Suite) -> dict[str, Any]:
-    """The suite's settings of construction."""
+def settings_of(suite: Suite, seed: int = 0, **changed: Any) -> dict[str, Any]:
+    """All settings of construction: the suite's with changes, and the seed."""
     return {
         "init": "weights",
         "anchors": suite.anchors,
         "tokens": suite.tokens,
         "steps": suite.steps,
+        **changed,
+        "seed": seed,
     }
 
 
@@ -77,7 +79,7 @@ def construct(
         (anchors, record): "seconds" of the processor over all layers; "loss", the mean of
         1 - cosine over all tensors of all layers and tasks; "steps" done, mean over layers.
     """
-    settings = {**defaults(suite), **changed, "seed": seed}
+    settings = settings_of(suite, seed, **changed)
     at = at or settings["steps"]
     anchors, records = [], []
     for index in range(suite.depth):

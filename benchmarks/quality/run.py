@@ -191,13 +191,13 @@ def run(
         add(STARTS[method], [runner.sweep_start(method)], settings=runner.chosen[method])
 
     first, _ = runner.anchors("weights", 0)
-    source = {"init": "weights", "seed": 0}
+    source = methods.settings_of(suite, 0)
     tuned = {start: runner.tune_fda(start, first, source) for start in STARTS}
     off_diagonal = runner.tune_regmean(first, source)
     for init in inits:
         made = {seed: runner.anchors(init, seed) for seed in range(seeds)}
         cost = [made[seed][1]["seconds"] for seed in made]
-        sources = {seed: {"init": init, "seed": seed} for seed in made}
+        sources = {seed: methods.settings_of(suite, seed, init=init) for seed in made}
         for start, label in STARTS.items():
             settings = tuned[start]
             units = [
@@ -223,7 +223,7 @@ def with_data(runner: Runner, add: Callable[..., None]) -> None:
     """What the same adaptation reaches on real activations: a bound that needs data."""
     count = runner.suite.anchors
     real = methods.real_inputs(runner.suite, count)
-    source = {"init": "real activations", "anchors": count}
+    source = {"init": "real activations", "anchors": count, "tokens": runner.suite.tokens}
     for start, label in STARTS.items():
         settings = runner.tune_fda(start, real, source)
         unit = runner.fda(start, real, source, {**settings, "seed": 0})
@@ -263,7 +263,7 @@ def main() -> None:
             for task in suite.tasks
         },
         "seeds": args.seeds,
-        "construct": methods.defaults(suite),
+        "construct": methods.settings_of(suite),
         "training": suite.record,
         "rows": rows,
     }

@@ -75,7 +75,7 @@ def main() -> None:
             chosen = [(first + i) % count for i in range(size)]
             part = subset(suite, [suite.tasks[i] for i in chosen])
             own = [layer[chosen] for layer in anchors]
-            scores = merge(part, own, {"init": "weights", "seed": 0, "tasks": part.tasks})
+            scores = merge(part, own, methods.settings_of(suite))
             rows.append({"tasks": part.tasks, "scores": scores})
     payload = {"suite": suite.name, "rows": rows}
     print(f"recorded in {write_json(f'quality-subsets-{suite.name}', payload)}")
