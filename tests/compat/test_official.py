@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fda_fast.checkpoints.openclip import ResidualAttentionBlock
 from fda_fast.compat.official import anchorfiles, constructing, flags, folders, optimise
 from fda_fast.compat.official.commands import main
-from fda_fast.compat.official.openclip import ResidualBlock
 from fda_fast.compat.official.streams import Stream
 from fda_fast.errors import InputError
 
@@ -265,7 +266,7 @@ def test_shuffling_is_that_of_a_data_loader() -> None:
 
 def test_too_few_rows_are_padded_with_the_published_midpoints() -> None:
     torch.manual_seed(0)
-    layer = ResidualBlock(16, 32, 2, "gelu")
+    layer = ResidualAttentionBlock(16, 32, 2, nn.GELU())
     rows = torch.cat([p.detach() for p in layer.parameters() if p.ndim == 2 and p.shape[1] == 16])
     torch.manual_seed(5)
     padded = [rows]
@@ -279,7 +280,7 @@ def test_too_few_rows_are_padded_with_the_published_midpoints() -> None:
 
 
 def test_gaussian_vision_anchors_do_not_depend_on_the_seed() -> None:
-    layer = ResidualBlock(16, 32, 2, "gelu")
+    layer = ResidualAttentionBlock(16, 32, 2, nn.GELU())
     draws = [Stream(s).anchors(layer, (2, 3, 16), "gaussian", 1.0, reseed=0) for s in (0, 7)]
     assert torch.equal(*draws)
     draws = [Stream(s).anchors(layer, (2, 3, 16), "gaussian", 1.0) for s in (0, 7)]

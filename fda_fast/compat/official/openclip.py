@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fda_fast.checkpoints.align import check_finite
+from fda_fast.checkpoints.openclip import QuickGELU, ResidualAttentionBlock
 from fda_fast.checkpoints.outputs import check_disk
 from fda_fast.checkpoints.pickles import Record
 from fda_fast.checkpoints.reader import Checkpoint
@@ -21,45 +21,6 @@ from fda_fast.errors import InputError
 
 _BLOCK = re.compile(r"^(.*visual\.transformer\.resblocks\.)(\d+)\.(.+)$")
 _POSITIONS = "visual.positional_embedding"
-
-
-class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), the activation of OpenAI's CLIP."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[*s] -> [*s]."""
-        return x * torch.sigmoid(1.702 * x)
-
-
-class ResidualBlock(nn.Module):
-    """A CLIP block with open_clip's parameter names and order, on [tokens, anchors, d].
-
-    Args:
-        width: d.
-        hidden: width inside the MLP.
-        heads: of attention.
-        activation: "quick_gelu" or "gelu".
-    """
-
-    def __init__(self, width: int, hidden: int, heads: int, activation: str) -> None:
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = nn.MultiheadAttention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, hidden),
-                gelu=QuickGELU() if activation == "quick_gelu" else nn.GELU(),
-                c_proj=nn.Linear(hidden, width),
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[tokens, anchors, d] -> the same."""
-        h = self.ln_1(x)
-        x = x + self.attn(h, h, h, need_weights=False)[0]
-        hidden: Tensor = self.mlp(self.ln_2(x))
-        return x + hidden
 
 
 class OpenClip:
@@ -176,7 +137,8 @@ class OpenClip:
     def _build(self, checkpoint: Checkpoint, names: Mapping[str, str]) -> nn.Module:
         tensors = _read(checkpoint, list(names.values()))
         with torch.device("meta"):
-            block = ResidualBlock(self.width, self._hidden, self._heads, self._activation)
+            gelu = QuickGELU() if self._activation == "quick_gelu" else nn.GELU()
+            block = ResidualAttentionBlock(self.width, self._hidden, self._heads, gelu)
         expected = {name: list(p.shape) for name, p in block.named_parameters()}
         got = {local: list(tensors[name].shape) for local, name in names.items()}
         if expected != got:
