@@ -381,6 +381,7 @@ def report(
         typer.Option(help="Layers to look at closely: all, none, or numbers with commas between."),
     ] = None,
     device: Device = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Write one HTML page about a merge: its losses, its anchors, how near it is to the experts."""
     from fda_fast.report.write import write_report
@@ -397,6 +398,7 @@ def report(
         activations=activations,
         layers=layers,
         device=device,
+        say=lambda text: None if quiet else typer.echo(text, err=True),
     )
     typer.echo(f"written: {written}")
 

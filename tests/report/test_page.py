@@ -68,7 +68,7 @@ def full(tiny, run: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.mktemp("page") / "page.html"
     experts = [f"--expert={expert.name}={expert}" for expert in tiny.experts]
     arguments = ["report", str(run), "-o", str(path), "--pretrained", str(tiny.base), *experts]
-    result = CliRunner().invoke(app, [*arguments, "--texts", str(texts), "--layers", "all"])
+    result = CliRunner().invoke(app, [*arguments, "--texts", str(texts), "--layers", "1"])
     assert result.exit_code == 0, result.output
     assert result.stdout == f"written: {path}\n"
     return path
@@ -104,9 +104,9 @@ def test_nothing_is_loaded_and_nothing_runs(full: Path) -> None:
 
 def test_pictures_are_described_and_ids_unique(full: Path) -> None:
     found = Structure(full.read_text())
-    # 3 constructions + adaptation, then for 2 layers: spectrum, 2 overlaps, energy, 2 landscapes;
+    # 3 constructions, adaptation; of one layer the spectrum, 2 overlaps, the energy, 2 landscapes;
     # and the bias of 3 experts.
-    assert len(found.pictures) == 4 + 2 * 6 + 3
+    assert len(found.pictures) == 4 + 6 + 3
     assert all(p["role"] == "img" and len(str(p["aria-label"])) > 20 for p in found.pictures)
     assert len(found.ids) == len(set(found.ids))
 
