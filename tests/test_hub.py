@@ -98,6 +98,7 @@ def config(folder: Path, *models: str, base: str = "org/base", **rest: Any) -> s
     return str(path)
 
 
+@pytest.mark.slow
 def test_models_of_the_hub_are_fetched_and_cached(stocked: Hub, tiny, tmp_path: Path) -> None:
     models = config(tmp_path, "org/movie@v1", "org/base+org/lora")
     done = stocked.merge(models, str(tmp_path / "out"))
@@ -122,6 +123,7 @@ def test_models_of_the_hub_are_fetched_and_cached(stocked: Hub, tiny, tmp_path: 
     assert len(stocked.requests) == before
 
 
+@pytest.mark.slow
 def test_every_name_is_looked_up_before_anything_is_fetched(stocked: Hub, tmp_path: Path) -> None:
     done = stocked.merge(config(tmp_path, "org/lora", "org/moovie"), str(tmp_path / "out"))
     assert done.returncode == 2
@@ -136,6 +138,7 @@ def test_every_name_is_looked_up_before_anything_is_fetched(stocked: Hub, tmp_pa
         assert "the Hub cannot be reached" in stocked.refusal(locate, **environment)
 
 
+@pytest.mark.slow
 def test_push_to_hub(hub: Hub, tiny, tmp_path: Path) -> None:
     path = config(tmp_path, str(tiny.folder / "movie"), base=str(tiny.base))
     out = tmp_path / "out"
@@ -151,6 +154,7 @@ def test_push_to_hub(hub: Hub, tiny, tmp_path: Path) -> None:
     assert again.stdout.strip() == f"{hub.address}/tester/merged", again.stderr
 
 
+@pytest.mark.slow
 def test_push_to_hub_is_checked_before_the_work(hub: Hub, tiny, tmp_path: Path) -> None:
     path = config(tmp_path, str(tiny.folder / "movie"), base=str(tiny.base))
     done = hub.merge(path, str(tmp_path / "out"), "--push-to-hub", "tester/x", HF_TOKEN="hf_wrong")
