@@ -54,7 +54,7 @@ def collect_activations(
     Cost: forward passes in the model's own dtype; memory for what is kept.
     """
     # Not at the top: they load transformers, which `import fda_fast` should not wait for.
-    from fda_fast.checkpoints.layout import layer_paths
+    from fda_fast.checkpoints.places import layer_paths
     from fda_fast.checkpoints.repeated import repeated_layers
     from fda_fast.checkpoints.skeleton import is_decoder
 

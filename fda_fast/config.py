@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import difflib
-import math
-import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainValidator,
     ValidationError,
     field_validator,
     model_validator,
 )
 
 from fda_fast.conditional import TensorSetting, chain, covers
+from fda_fast.config_values import (
+    SHORT,
+    Betas,
+    Count,
+    Epochs,
+    NotNegative,
+    Positive,
+    Scale,
+    no_bool,
+)
 from fda_fast.errors import InputError
 from fda_fast.references import absolute
+from fda_fast.yamlfile import read_yaml
 
 Start = Literal["pretrained", "task_arithmetic", "tsv", "wudi"]
 Distance = Literal["cosine", "l2", "l1"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-
-MAX_YAML_BYTES = 4 << 20
-"""Far above any real configuration; a larger file is not one."""
 
 REFUSED = {
     "slices": "slices assemble a model from layer ranges; FDA merges whole models: use 'models'",
@@ -65,9 +69,6 @@ REFUSED_METHODS = {
 }
 """mergekit's methods that are neither FDA nor one of its starting points."""
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The entry of ``known`` that ``word`` is a likely misspelling of, or None."""
@@ -81,52 +82,6 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     names = list(known)
     found = nearest(word, names)
     return f"Did you mean {found!r}?" if found else f"Known: {', '.join(names)}."
-
-
-def _no_bool(value: object) -> object:
-    """YAML's ``yes`` and ``on`` are booleans, and Python's True is the number 1."""
-    if isinstance(value, bool):
-        raise ValueError("a boolean where a number belongs")
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _scale(value: object) -> object:
-    if value == "auto":
-        return value
-    if isinstance(value, int | float) and _is_number(value) and 0 < value < math.inf:
-        return float(value)
-    raise ValueError(f"a positive number or auto, not {_SHORT.repr(value)}")
-
-
-def _betas(value: object) -> object:
-    if isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value)):
-        first, second = map(float, value)
-        if 0 <= first < 1 and 0 <= second < 1:
-            return first, second
-    raise ValueError(f"two numbers from 0 to below 1, not {_SHORT.repr(value)}")
-
-
-def _epochs(value: object) -> object:
-    counts: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
-    if not counts or any(type(count) is not int or count < 1 for count in counts):
-        raise ValueError(f"a positive integer or a list of them, not {_SHORT.repr(value)}")
-    return counts[0] if len(counts) == 1 else tuple(sorted(set(counts)))
-
-
-# Written out, because a union's errors name its branches rather than the key.
-Scale = Annotated[float | Literal["auto"], PlainValidator(_scale)]
-Betas = Annotated[tuple[float, float], PlainValidator(_betas)]
-Epochs = Annotated[int | tuple[int, ...], PlainValidator(_epochs)]
 
 
 class _Strict(BaseModel):
@@ -223,7 +178,7 @@ class Parameters(_Strict):
     engine: Literal["auto", "program", "autograd"] = "auto"
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     scope: Literal["auto", "block", "mlp"] = "auto"
-    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, BeforeValidator(no_bool), Field(ge=0, lt=2**63)] = 0
     outside: Literal["pretrained", "start"] | None = None
     extra_anchors: str | None = None
 
@@ -323,7 +278,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> MergeC
             kind; with the file, the line and the nearest known spelling.
     """
     path = Path(path)
-    data, lines = _read_yaml(path)
+    data, lines = read_yaml(path)
     if overrides:
         parameters = data.get("parameters")
         data["parameters"] = {**(parameters or {}), **overrides}
@@ -371,60 +326,6 @@ def parse(
     return config.model_copy(update=update)
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise InputError(str(path), expected="a YAML configuration", got="a huge file")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", fix="Give the YAML configuration.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[tuple[str | int, ...], int] = {}
-        if node is not None:
-            _note_lines(node, (), lines, str(path))
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise InputError(f"{path}{line}: not valid YAML: {problem}") from None
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply") from None
-    if not isinstance(data, dict):
-        raise InputError(
-            str(path),
-            expected="keys such as merge_method, base_model, models",
-            got=_SHORT.repr(data),
-        )
-    return data, lines
-
-
-def _note_lines(
-    node: yaml.Node,
-    at: tuple[str | int, ...],
-    lines: dict[tuple[str | int, ...], int],
-    where: str,
-) -> None:
-    """Line of every key; a key given twice is an error (YAML would silently take the last)."""
-    if len(at) > 8 or len(lines) > 10_000:
-        return  # anchors and aliases can make the tree exponentially larger than the file
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*at, str(key.value))
-            line = key.start_mark.line + 1
-            if here in lines:
-                raise InputError(f"{where}, line {line}: {key.value} is given twice")
-            lines[here] = line
-            _note_lines(value, here, lines, where)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[(*at, index)] = value.start_mark.line + 1
-            _note_lines(value, (*at, index), lines, where)
-
-
 def _as_input_error(
     error: ValidationError, where: str, lines: Mapping[tuple[str | int, ...], int]
 ) -> InputError:
@@ -458,7 +359,7 @@ def _as_input_error(
         return InputError(
             f"{place}: {key}",
             expected=" or ".join(known),
-            got=_SHORT.repr(value),
+            got=SHORT.repr(value),
             fix=suggestion(value, known) if isinstance(value, str) else None,
         )
     if kind == "value_error":
@@ -470,11 +371,11 @@ def _as_input_error(
         return InputError(
             f"{place}: {key}",
             expected="one value for the whole model",
-            got=_SHORT.repr(value),
+            got=SHORT.repr(value),
             fix="Gradients over layers and filters by tensor have no meaning in FDA.",
         )
     reason = first["msg"].removeprefix("Input should be ")
-    return InputError(f"{place}: {key}", expected=reason, got=_SHORT.repr(value), fix=rest.strip())
+    return InputError(f"{place}: {key}", expected=reason, got=SHORT.repr(value), fix=rest.strip())
 
 
 def _literals(problem: Any) -> list[str]:

@@ -6,20 +6,19 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 
-from fda_fast.checkpoints.mixture import Expert, find_experts, shared_mlps
+from fda_fast.checkpoints.mixture import Expert, find_experts
 from fda_fast.checkpoints.names import Names
 from fda_fast.checkpoints.openclip import image_encoder, is_image_encoder
+from fda_fast.checkpoints.places import Scope, layer_paths
 from fda_fast.checkpoints.reader import SHOWN, Checkpoint, some
 from fda_fast.checkpoints.repeated import (
     input_width,
-    mixture_of_experts,
-    mlp_of,
     repeated_layers,
 )
 from fda_fast.checkpoints.skeleton import (
@@ -29,8 +28,6 @@ from fda_fast.checkpoints.skeleton import (
     quiet,
 )
 from fda_fast.errors import InputError
-
-Scope = Literal["auto", "block", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -245,71 +242,6 @@ class ModelLayout:
                 values = {name: real[name] for name in missing}
             self._buffers[spec.name] = values
         return self._buffers[spec.name]
-
-
-def layer_paths(
-    model: transformers.PreTrainedModel,
-    lists: Mapping[str, nn.ModuleList | nn.Sequential],
-    scope: Scope,
-    decoder: bool,
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """(path in the skeleton, "block" | "mlp") of every layer to merge.
-
-    A layer with a mixture of experts gives (its path, "experts"), and its shared MLPs.
-    """
-    blocks = {f"{path}.{i}": layer for path, ls in lists.items() for i, layer in enumerate(ls)}
-    if not blocks:
-        raise InputError(
-            f"no repeated layers in {type(model).__name__}",
-            expected="a list of modules of one class that holds the bulk of the parameters",
-        )
-    mixtures = {path for path, layer in blocks.items() if mixture_of_experts(layer)}
-    if mixtures and (scope == "block" or (scope == "auto" and not decoder)):
-        path = min(mixtures)
-        raise InputError(
-            f"layer {path} is a mixture of experts ({mixture_of_experts(blocks[path])})",
-            expected="scope 'mlp'",
-            got=f"scope {scope!r}",
-            fix="Routing is no smooth function of the layer's input: merge the experts' MLPs",
-        )
-    config = getattr(model, "config", None)  # a plain module has none
-    two_sided = bool(getattr(config, "is_encoder_decoder", False))
-    if two_sided and scope == "block":
-        raise InputError(
-            f"{type(model).__name__} is an encoder-decoder",
-            expected="scope 'mlp'",
-            got="scope 'block'",
-            fix="Its decoder layers take two inputs, anchors are one: merge the MLPs",
-        )
-    if mixtures:
-        return _mixture_paths(blocks, mixtures), []
-    mlps = {path: mlp_of(layer) for path, layer in blocks.items()}
-    lacking = [path for path, mlp in mlps.items() if mlp is None]
-    if scope == "mlp" or (scope == "auto" and (decoder or two_sided)):
-        if not lacking:
-            return [(f"{path}.{mlp}", "mlp") for path, mlp in mlps.items()], []
-        if scope == "mlp":
-            raise InputError(
-                f"layer {lacking[0]} ({type(blocks[lacking[0]]).__name__}) has no MLP module",
-                expected="a module of its own for the MLP of each layer",
-                fix="Use scope 'block'",
-            )
-        return [(path, "block") for path in blocks], [
-            f"the layers have no MLP module ({lacking[0]}): whole layers are merged"
-        ]
-    return [(path, "block") for path in blocks], []
-
-
-def _mixture_paths(blocks: Mapping[str, nn.Module], mixtures: set[str]) -> list[tuple[str, str]]:
-    """Experts and shared MLPs of the layers that have them, the MLPs of the others."""
-    places = []
-    for path, layer in blocks.items():
-        if path in mixtures:
-            places.append((path, "experts"))
-            places += [(f"{path}.{shared}", "mlp") for shared in shared_mlps(layer)]
-        elif mlp := mlp_of(layer):
-            places.append((f"{path}.{mlp}", "mlp"))
-    return places
 
 
 def _expert_spec(expert: Expert) -> LayerSpec:
