@@ -1,4 +1,4 @@
-"""The command line: fda-fast merge | construct | adapt | plan | inspect | official."""
+"""The command line: fda-fast merge | construct | adapt | plan | inspect | official | report."""
 
 from __future__ import annotations
 
