@@ -112,8 +112,9 @@ def process_layers(
     if started:
         address = None if resources.ray == "local" else resources.ray
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
+    running: dict[Any, Parcel] = {}
     try:
-        return _drive(ray, job, work, indices, display, order), 0.0
+        return _drive(ray, job, work, indices, display, order, running), 0.0
     except ray.exceptions.RayTaskError as error:
         cause = getattr(error, "cause", None)
         raise (cause if isinstance(cause, Exception) else error) from None
@@ -121,6 +122,8 @@ def process_layers(
         reason = str(error).strip().split("\n")[0]
         raise RuntimeError(f"Ray gave up: {reason} Finished work is kept.") from error
     finally:
+        for reference in running:  # a cluster that was there before may outlive this merge
+            ray.cancel(reference, force=True)
         if started:
             ray.shutdown()
 
@@ -160,13 +163,13 @@ def _drive(
     indices: Sequence[int],
     display: Display,
     order: Order,
+    running: dict[Any, Parcel],
 ) -> dict[int, LayerResult]:
     gpus = 1 if order.device == "cuda" else 0
     remote = ray.remote(num_cpus=order.threads, num_gpus=gpus, max_retries=RETRIES)(do_parcel)
     told = ray.put(order)
     waiting = deque(parcel for index in indices for parcel in _parcels(job, work, index, order))
     groups = {i: sum(p.index == i and p.group is not None for p in waiting) for i in indices}
-    running: dict[Any, Parcel] = {}
     done: dict[int, LayerResult] = {}
     while waiting or running:
         # No more at once than can run, and a few: results wait in the object store meanwhile.

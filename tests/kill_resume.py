@@ -164,7 +164,9 @@ def _killing(n: int, merge: Callable[[Path], None], output: Path) -> None:
 
         return call
 
-    for name in ("replace", "rename", "fsync", "rmdir", "unlink", "mkdir", "posix_fallocate"):
+    # Counted in whatever thread they happen: layers are saved beside the computation.
+    calls = ("replace", "rename", "link", "fsync", "rmdir", "unlink", "mkdir", "posix_fallocate")
+    for name in calls:
         setattr(os, name, guarded(getattr(os, name)))
     merge(output)
 
