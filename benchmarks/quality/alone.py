@@ -4,8 +4,8 @@
 
 From the pretrained model every layer is adapted to the anchors of *one* task (Eq. 5 with one task),
 and scored on that task: what is missing to the expert is what the anchors do not hold. What is lost
-from there to the merge of all tasks is the tasks' conflict. The same with real activations of the
-expert in the place of anchors. Rate and epochs are chosen on the validation split, task by task.
+from there to the merge of all tasks is the tasks' conflict. The same with the anchors before
+they are optimised, and with real activations of the expert in their place. Rate and epochs are chosen on the validation split, task by task.
 """
 
 from __future__ import annotations
@@ -51,18 +51,22 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     suite = load_suite(args.suite)
-    anchors, _ = methods.construct(suite, seed=0)
-    real = methods.real_inputs(suite, suite.anchors)
+    inputs = {
+        "initial": methods.construct(suite, seed=0, at=1)[0],
+        "anchors": methods.construct(suite, seed=0)[0],
+        "gaussian initial": methods.construct(suite, seed=0, at=1, init="gaussian")[0],
+        "gaussian": methods.construct(suite, seed=0, init="gaussian")[0],
+        "real": methods.real_inputs(suite, suite.anchors),
+    }
     payload: dict[str, Any] = {
         "suite": suite.name,
         "pretrained": suite.score(suite.pretrained, "test"),
         "experts": suite.score_experts("test"),
-        "anchors": {},
-        "real": {},
+        **{kind: {} for kind in inputs},
     }
     for index, task in enumerate(suite.tasks):
-        for kind, inputs in (("anchors", anchors), ("real", real)):
-            own = [layer[index] for layer in inputs]
+        for kind, layers in inputs.items():
+            own = [layer[index] for layer in layers]
             payload[kind][task] = alone(suite, task, own)
             print(f"{task} from its {kind} alone: {100 * payload[kind][task]:.1f}", flush=True)
     print(f"recorded in {write_json(f'quality-alone-{suite.name}', payload)}")

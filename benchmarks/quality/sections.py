@@ -93,7 +93,16 @@ def chemistry(result: Result, where: str) -> str:
 
 def alone(result: Result, where: str) -> str:
     """What one task's anchors hold of its expert."""
-    columns = ["pretrained", "anchors", "real", "experts"]
+    labels = {
+        "pretrained": "pretrained",
+        "initial": "rows of its weights",
+        "anchors": "its anchors (weights)",
+        "gaussian initial": "noise",
+        "gaussian": "its anchors (Gauss)",
+        "real": "its real activations",
+        "experts": "expert",
+    }
+    columns = [column for column in labels if column in result]
     rows = [
         [task, *(f"{100 * result[column][task]:.1f}" for column in columns)]
         for task in result["experts"]
