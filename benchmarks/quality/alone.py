@@ -4,8 +4,9 @@
 
 From the pretrained model every layer is adapted to the anchors of *one* task (Eq. 5 with one task),
 and scored on that task: what is missing to the expert is what the anchors do not hold. What is lost
-from there to the merge of all tasks is the tasks' conflict. The same with the anchors before
-they are optimised, and with real activations of the expert in their place. Rate and epochs are chosen on the validation split, task by task.
+from there to the merge of all tasks is the tasks' conflict. The same with the anchors before they
+are optimised, and with real activations of the expert in their place. Rate and epochs are chosen on
+the validation split, task by task.
 """
 
 from __future__ import annotations
