@@ -234,6 +234,10 @@ def _names(pretrained: Weights, experts: Sequence[Expert] | Mapping[str, Expert]
     """Names of the experts, made as those of folders are where they were read from one."""
     if isinstance(experts, Mapping):
         return list(experts)
+    if isinstance(experts, nn.Module | str | os.PathLike):
+        raise InputError(
+            "experts", expected="a list or mapping of models", got=type(experts).__name__
+        )
     origin = getattr(pretrained, "name_or_path", "")
     references = []
     for number, expert in enumerate(experts, 1):

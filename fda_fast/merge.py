@@ -141,7 +141,17 @@ def merge(
     if not isinstance(pretrained, str | os.PathLike):
         from fda_fast.memory_merge import merge_in_memory
 
-        _refuse(output=output, keep_anchors=keep_anchors, restart=restart, out_lora=out_lora)
+        _refuse(
+            output=output,
+            keep_anchors=keep_anchors,
+            restart=restart,
+            out_lora=out_lora,
+            max_memory=max_memory,
+            max_gpu_memory=max_gpu_memory,
+            shard=shard,
+            assemble=assemble,
+            ray=ray,
+        )
         return merge_in_memory(
             pretrained,
             experts,
@@ -161,6 +171,13 @@ def merge(
             got="no output" if output is None else "model",
         )
     pairs = experts.items() if isinstance(experts, Mapping) else [(None, e) for e in experts]
+    for _, expert in pairs:
+        if not isinstance(expert, str | os.PathLike):
+            raise InputError(
+                "experts",
+                expected="paths, as the pretrained model is one",
+                got=type(expert).__name__,
+            )
     models = [{"model": os.fspath(path), "name": name} for name, path in pairs]
     content: dict[str, Any] = {
         "merge_method": method,

@@ -301,6 +301,12 @@ def test_refusals(tiny, models, tmp_path: Path) -> None:
         fda_fast.merge(pretrained, experts, tmp_path / "out")
     with pytest.raises(InputError, match="expected output, and no model"):
         fda_fast.merge(tiny.base, tiny.experts)
+    with pytest.raises(InputError, match="max_memory has no meaning"):
+        small(pretrained, experts, max_memory="1GB")
+    with pytest.raises(InputError, match="paths, as the pretrained model is one"):
+        fda_fast.merge(tiny.base, [pretrained], tmp_path / "out")
+    with pytest.raises(InputError, match="a list or mapping of models"):
+        small(pretrained, nn.Sequential(experts["movie"]))
     with pytest.raises(InputError, match="meta device"):
         small(pretrained, [bert(tiny.base).to("meta")])
     with pytest.raises(InputError, match=r"layer.*expected.*a PEFT adapter"):
