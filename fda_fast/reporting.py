@@ -49,7 +49,7 @@ def table(report: Report) -> Group:
     if report.output.exists():
         done = f"written: {report.output}"
     elif report.unfinished:
-        done = f"{report.unfinished} layers are left to other shards"
+        done = f"{report.unfinished} layer(s) left to other shards"
     else:
         done = "all layers are finished; --assemble writes the model"
     parts.append(Text(done + (f"   ({spent})" if spent else "")))

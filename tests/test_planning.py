@@ -184,3 +184,16 @@ def test_a_described_model_is_what_is_saved(tmp_path: Path) -> None:
         n: tuple(t.shape) for n, t in saved.items()
     }
     assert {i.dtype for i in described.names.values()} == {torch.bfloat16}
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fda_fast.cli import app
+
+    command = ["plan", str(write(tmp_path)), "--experts", "3", "--device", "cpu", "--steps", "7"]
+    done = CliRunner().invoke(app, [*command, "--set", "anchors=16", "--max-memory", "64GiB"])
+    assert done.exit_code == 0, done.output
+    for words in ("layers.0.mlp ... layers.5.mlp (6)", "LlamaMLP", "expert-3", "7 steps", "GB/s"):
+        assert words in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]

@@ -150,7 +150,7 @@ def test_two_devices_give_the_serial_files(tiny, tmp_path: Path, serial) -> None
 def test_an_error_of_one_device_is_the_merges(tiny, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="adaptation loss is not finite"):
         small_merge(tiny, tmp_path / "out", device="cpu,cpu", adapt_lr=1e30)
-    with pytest.raises(InputError, match="got .tpu."):
+    with pytest.raises(InputError, match=r"got .tpu."):
         small_merge(tiny, tmp_path / "out", device="cpu,tpu")
 
 
@@ -179,3 +179,27 @@ def _alive(process: int) -> bool:
     except FileNotFoundError:
         return False
     return state not in ("Z", "X")
+
+
+def test_on_the_command_line(tiny, tmp_path: Path, serial) -> None:
+    from typer.testing import CliRunner
+
+    from fda_fast.cli import app
+
+    config = tiny.config(tmp_path)
+    out = tmp_path / "out"
+
+    def merged(*options: str) -> Any:
+        return CliRunner().invoke(
+            app, ["merge", str(config), str(out), "--device", "cpu", *options]
+        )
+
+    first = merged("--shard", "1/2", "--max-memory", "64GiB")
+    assert first.exit_code == 0 and "1 layer(s) left to other shards" in first.stdout
+    second = merged("--shard", "2/2")
+    assert second.exit_code == 0 and "--assemble writes the model" in second.stdout
+    assert merged("--shard", "3/2").exit_code == 2
+    refused = merged("--max-memory", "10MiB")
+    assert refused.exit_code == 2 and "too small for layer" in refused.stderr
+    assert "written:" in merged("--assemble").stdout
+    assert (out / "model.safetensors").exists()
