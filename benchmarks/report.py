@@ -1,6 +1,6 @@
-"""Write the tables of the README and of docs/evidence.md from the committed result files.
+"""Write the tables of the README and of docs/ from the committed result files.
 
-    python benchmarks/report.py            # rewrites both between their markers
+    python benchmarks/report.py            # rewrites them between their markers
     python benchmarks/report.py --check    # fails if that would change them
 
 A marker pair `<!-- begin: NAME -->` ... `<!-- end: NAME -->` is filled by the function of that name
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence.md"
+REPORT = ROOT / "docs" / "report.md"
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks" / "quality")]
 
 import sections  # noqa: E402
@@ -198,6 +199,34 @@ def starting(result: Result) -> str:
 
 
 Sections = dict[str, tuple[str, Callable[[Result], str]]]
+QUANTITIES = {
+    "gini": ("the spectrum becomes long-tailed: Gini coefficient", 1),
+    "effective_rank": ("effective rank falls", -1),
+    "similarity": ("similarity with real activations rises", 1),
+    "energy": ("energy in the cone of real updates rises", 1),
+}
+
+
+def analyses(result: Result) -> str:
+    """The paper's section 3 on the demo: every quantity at the first and the last step."""
+    rows = []
+    for claim in result["claims"]:
+        text, sign = QUANTITIES[claim["what"]]
+        count, of = claim["rose"] if sign > 0 else claim["of"] - claim["rose"], claim["of"]
+        verdict = "confirmed" if count == of else "contradicted" if not count else "mixed"
+        digits = 1 if claim["what"] == "effective_rank" else 3
+        numbers = (f"{claim[end]:.{digits}f}" for end in ("first", "last"))
+        rows.append([text, claim["init"], claim["layer"], *numbers, f"{count} of {of}", verdict])
+    head = ["claim", "anchors begin at", "layer", "first step", "last step", "experts", "here"]
+    made = result["settings"]["construct"]
+    note = (
+        f"Means over four experts; {made['steps']} steps, {made['anchors']} anchors of "
+        f"{made['tokens']} tokens, one seed. ({where(result)})"
+    )
+    return f"{table(head, rows, left=3)}\n\n{note}"
+
+
+REPORT_SECTIONS: Sections = {"analyses": ("analyses", analyses)}
 SECTIONS: Sections = {
     "demo": ("demo", demo),
     "step": ("step", step),
@@ -232,7 +261,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail if stale")
     options = parser.parse_args()
-    for path, chosen in ((README, SECTIONS), (EVIDENCE, EVIDENCE_SECTIONS)):
+    documents = ((README, SECTIONS), (EVIDENCE, EVIDENCE_SECTIONS), (REPORT, REPORT_SECTIONS))
+    for path, chosen in documents:
         before = path.read_text()
         after = filled(before, chosen)
         if not options.check:

@@ -269,7 +269,8 @@ def _repeated(layers: list[LayerAnalysis]) -> str:
         return ""
     return (
         " For this the construction was repeated; it ends within "
-        f"{max(drifts):.1g} of the anchors kept, relative to their largest value."
+        f"{max(drifts):.1g} of the anchors kept, relative to their largest value (rounding depends "
+        "on how many experts share a batch)."
     )
 
 
