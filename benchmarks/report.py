@@ -213,10 +213,12 @@ def analyses(result: Result) -> str:
     for claim in result["claims"]:
         text, sign = QUANTITIES[claim["what"]]
         count, of = claim["rose"] if sign > 0 else claim["of"] - claim["rose"], claim["of"]
-        verdict = "confirmed" if count == of else "contradicted" if not count else "mixed"
         digits = 1 if claim["what"] == "effective_rank" else 3
         numbers = (f"{claim[end]:.{digits}f}" for end in ("first", "last"))
-        rows.append([text, claim["init"], claim["layer"], *numbers, f"{count} of {of}", verdict])
+        rows.append(
+            [text, claim["init"], claim["layer"], *numbers, f"{count} of {of}", _verdict(count, of)]
+        )
+    rows.append(_bias(result))
     head = ["claim", "anchors begin at", "layer", "first step", "last step", "experts", "here"]
     made = result["settings"]["construct"]
     note = (
@@ -224,6 +226,25 @@ def analyses(result: Result) -> str:
         f"{made['tokens']} tokens, one seed. ({where(result)})"
     )
     return f"{table(head, rows, left=3)}\n\n{note}"
+
+
+def _verdict(count: int, of: int) -> str:
+    return "confirmed" if count == of else "contradicted" if not count else "mixed"
+
+
+def _bias(result: Result) -> list[str]:
+    """The features at the last layer, of the pretrained model (the start) and the merged one."""
+    last = result["bias"][-1]["layer"]
+    found: dict[str, dict[str, float]] = {"pretrained": {}, "merged": {}}
+    for row in result["bias"]:
+        if row["layer"] == last:
+            found[row["model"]][row["task"]] = row["relative"]
+    before, after = found["pretrained"], found["merged"]
+    count = sum(after[task] < before[task] for task in before)
+    means = (f"{sum(values.values()) / len(values):.3f}" for values in (before, after))
+    text = "representation bias falls, from the pretrained model to the merged one"
+    of = len(before)
+    return [text, "weights", last, *means, f"{count} of {of}", _verdict(count, of)]
 
 
 REPORT_SECTIONS: Sections = {"analyses": ("analyses", analyses)}
