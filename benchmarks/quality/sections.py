@@ -25,7 +25,9 @@ def methods(result: Result, where: str) -> str:
 
 
 def published(result: Result, where: str) -> str:
-    """FDA with the paper's adaptation settings."""
+    """FDA with the paper's adaptation settings; nothing if the run left them out."""
+    if not any(row.get("which") == "published" for row in result["rows"]):
+        return ""
     table = markdown(*method_table(result, which="published"))
     return f"{table}\n\nAdaptation as published (appendix C.3), one seed. ({where})"
 
