@@ -19,9 +19,19 @@ def methods(result: Result, where: str) -> str:
         "over its starting point in points; FDA and RegMean rows: mean and standard deviation over "
         f"{result['seeds']} seeds. {made['anchors']} anchors of {made['tokens']} tokens a task and "
         f"layer, {made['steps']} steps. Seconds of one processor core, construction + adaptation. "
-        f"`make suite-{result['suite']}`. ({where})"
+        f"`{command(result)}`. ({where})"
     )
     return f"{markdown(*method_table(result))}\n\n{note}"
+
+
+def command(result: Result) -> str:
+    """What makes a suite's result file again, with the options of a run in part."""
+    kinds = {row["init"] for row in result["rows"] if "init" in row}
+    if kinds == {"weights", "gaussian", "real"}:
+        return f"make suite-{result['suite']}"
+    options = [] if {"weights", "gaussian"} <= kinds else [f"--inits {' '.join(kinds - {'real'})}"]
+    options += [] if "real" in kinds else ["--no-bounds"]
+    return " ".join(["python benchmarks/quality/run.py", result["suite"], *options])
 
 
 def published(result: Result, where: str) -> str:
