@@ -33,6 +33,7 @@ STARTS = {
     "wudi": "WUDI",
 }
 OFF_DIAGONALS = (0.5, 0.9)
+INITS = ("weights", "gaussian")
 Unit = dict[str, Any]
 """What one merge gave: "scores", accuracies by task, and "seconds" of the processor."""
 
@@ -155,9 +156,6 @@ class Runner:
 def best(candidates: Mapping[str, Unit]) -> str:
     """The name of the candidate with the highest average accuracy."""
     return max(candidates, key=lambda name: mean(candidates[name]["scores"]))
-
-
-INITS = ("weights", "gaussian")
 
 
 def run(
