@@ -19,9 +19,9 @@ IMAGE = torch.zeros(1, 3, 32, 32)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of their imports
 
 
-def needs(library: str) -> Any:
-    missing = importlib.util.find_spec(library) is None
-    return pytest.mark.skipif(missing, reason=f"{library} is not installed")
+def needs(*libraries: str) -> Any:
+    missing = [name for name in libraries if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed")
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -32,7 +32,7 @@ def moved(model: nn.Module) -> nn.Module:
     return expert
 
 
-@needs("timm")
+@needs("timm", "torchvision")
 @pytest.mark.parametrize("start", ["pretrained", "task_arithmetic"])
 def test_timm(start: str) -> None:
     from timm.models.vision_transformer import VisionTransformer
@@ -48,7 +48,7 @@ def test_timm(start: str) -> None:
     assert done.model(IMAGE).shape == (1, 7)
 
 
-@needs("open_clip")
+@needs("open_clip", "torchvision")
 def test_open_clip() -> None:
     """The image encoder is what its fine-tunes change; the text layers stay, bit for bit."""
     from open_clip.model import CLIP
