@@ -234,10 +234,10 @@ def with_data(runner: Runner, add: Callable[..., None]) -> None:
 
 def load_suite(name: str) -> Suite:
     """One of the suites by name; trains what is not stored."""
-    if name == "vision":
+    if name.startswith("vision"):
         from vision import VisionSuite
 
-        return VisionSuite()
+        return VisionSuite(joint=name == "vision-joint")
     from text import TextSuite
 
     return TextSuite()
@@ -245,7 +245,7 @@ def load_suite(name: str) -> Suite:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=("vision", "text"))
+    parser.add_argument("suite", choices=("vision", "vision-joint", "text"))
     parser.add_argument("--seeds", type=int, default=3, help="of construction and adaptation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--inits", nargs="+", choices=INITS, default=INITS, help="of anchors")

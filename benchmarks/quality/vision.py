@@ -49,7 +49,7 @@ class Encoder(nn.Module):
 
 
 class VisionSuite(Suite):
-    """Trains, or loads, everything."""
+    """The mini ViT and its six experts."""
 
     name = "vision"
     tokens = 5
@@ -68,15 +68,26 @@ class VisionSuite(Suite):
         *,
         seed: int = 0,
         tasks: dict[str, ImageTask] | None = None,
+        joint: bool = False,
         pretraining: Images | None = None,
         **changed: Any,
     ) -> None:
-        """For tests, ``tasks`` and ``pretraining`` replace the data, ``changed`` the settings."""
+        """Trains, or loads, everything.
+
+        Args:
+            seed: of training.
+            tasks, pretraining: for tests, in the place of the data.
+            joint: train each head with its expert, from zero on, instead of fitting it to the
+                pretrained features and freezing it.
+            changed: for tests, settings.
+        """
         model = {**MODEL, **changed.get("model", {})}
         pretrain = {**PRETRAIN, **changed.get("pretrain", {})}
         finetune = {**FINETUNE, **changed.get("finetune", {})}
         self.data = tasks or {name: images.load_task(name) for name in TASKS}
-        self.where = stored.folder(self.name)
+        self.where = stored.folder("vision")
+        if joint:
+            self.name = "vision-joint"
         torch.manual_seed(seed)
         base = Encoder(**model)
         settings = {"model": model, "pretrain": pretrain, "seed": seed}
@@ -97,6 +108,7 @@ class VisionSuite(Suite):
         self.record = {"pretrained": record, "experts": {}}
         for task in self.data:
             more = {"finetune": finetune, "probe": PROBE, "task": task}
+            more |= {"heads": "joint"} if joint else {}
             self._expert(task, {**settings, **more})
         self.record["relative_change"] = self.relative_change()
 
@@ -107,8 +119,13 @@ class VisionSuite(Suite):
         def make() -> tuple[dict[str, Tensor], dict[str, Any]]:
             start = time.perf_counter()
             data = self.data[task].train
-            probe(head, features(self.pretrained, data.x), data.y)
             trained = [*self.layers(expert).requires_grad_(True).parameters()]
+            if "heads" in settings:
+                nn.init.zeros_(head.weight)
+                nn.init.zeros_(head.bias)
+                trained += head.parameters()
+            else:
+                probe(head, features(self.pretrained, data.x), data.y)
             fit(expert, head, data, settings["finetune"], settings["seed"], trained)
             weights = {**expert.state_dict(), **head.state_dict(prefix="head.")}
             return weights, {"seconds": round(time.perf_counter() - start, 1)}
