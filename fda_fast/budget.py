@@ -130,8 +130,8 @@ def choose_limits(
 ) -> Limits:
     """Fit a merge into memory: overlap where it fits, as many tasks per batch as fit.
 
-    On the CPU tasks are always constructed one by one, which is as fast there, so results do not
-    depend on the memory at all. On a GPU the size of a batch can change the last bits of a result:
+    On the CPU tasks are always constructed one by one, which costs a few per cent of time, so that
+    results do not depend on the memory at all. On a GPU the size of a batch can change the last bits of a result:
     a job keeps the size that it began with.
 
     Args:
