@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=neighbours.ROOT / "docs")
     folder = parser.parse_args().folder
-    suites = [one for name in ("vision", "text") for one in load(f"quality-{name}")]
+    suites = [one for name in ("vision", "vision-joint", "text") for one in load(f"quality-{name}")]
     if suites:
         quality(suites, folder / "quality.png")
     found = [one for name in TITLES for one in load(f"quality-ablate-{name}")]

@@ -161,7 +161,9 @@ def subsets(result: Result, where: str) -> str:
 
 EVIDENCE: dict[str, tuple[str, Callable[[Result, str], str]]] = {
     "quality-text": ("quality-text", methods),
+    "quality-vision-joint": ("quality-vision-joint", methods),
     "claims-vision": ("quality-vision", verdicts),
+    "claims-vision-joint": ("quality-vision-joint", verdicts),
     "claims-text": ("quality-text", verdicts),
     "claims-demo": ("demo", demo_verdicts),
     "chemistry": ("quality-chemistry", chemistry),
