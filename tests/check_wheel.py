@@ -18,7 +18,8 @@ def main(folder: str) -> int:
     }
     tree |= {f"fda_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     tree.add("fda_fast/py.typed")
-    tree |= {str(path.relative_to(ROOT)) for path in (ROOT / "fda_fast").rglob("*.yaml")}
+    for kind in ("*.yaml", "*.css"):
+        tree |= {str(path.relative_to(ROOT)) for path in (ROOT / "fda_fast").rglob(kind)}
     missing = sorted(tree - inside)
     python = {name for name in inside if name.endswith(".py")}
     extra = sorted(python - tree)
