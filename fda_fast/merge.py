@@ -7,22 +7,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from fda_fast.budget import Limits, peak
+from fda_fast.budget import peak
 from fda_fast.config import MergeConfig, parse
 from fda_fast.dtypes import dtype_name
 from fda_fast.errors import InputError
 from fda_fast.layerwork import LayerResult
-from fda_fast.progress import Display, display
+from fda_fast.progress import display
 from fda_fast.resources import Resources, device_list
 from fda_fast.work import WorkDirectory, explained
-
-if TYPE_CHECKING:
-    from fda_fast.job import Job
 
 Mode = Literal["merge", "construct", "adapt"]
 PathLike = str | os.PathLike[str]
@@ -250,6 +247,7 @@ def run(
     from fda_fast.job import prepare
     from fda_fast.output import check_room
     from fda_fast.reuse import reuse_notes
+    from fda_fast.stages import Task, check_batch, do_layers, total_seconds, unfinished, write
     from fda_fast.startscale import resolve_scale
 
     begun = time.monotonic()
@@ -281,126 +279,24 @@ def run(
         with WorkDirectory(target) as work, display(progress) as shown, explained(work):
             identity = job.identity(mode, extra)
             work.open(identity, batch=limits.batch, restart=restart, shard=part)
-            _check_batch(work, limits)
+            check_batch(work, limits)
             resolve_scale(job, work)
             for note in job.notes:
                 shown.note(note)
-            task = _Task(job, work, shown, limits, where, mode, anchors)
-            layers, waited = _layers(task)
-            seconds = _total(layers) | {"wait": waited}
+            task = Task(job, work, shown, limits, where, mode, anchors)
+            layers, waited = do_layers(task)
+            seconds = total_seconds(layers) | {"wait": waited}
             if where.shard is None:
                 writing = time.monotonic()
-                _write(task, target, layers, keep_anchors)
+                write(task, target, layers, keep_anchors)
                 seconds["write"] = time.monotonic() - writing
                 work.remove()
-            unfinished = 0 if where.shard is None else len(_pending(job, work))
+            missing = 0 if where.shard is None else len(unfinished(job, work))
     finally:
         job.close()
     seconds["total"] = time.monotonic() - begun
     settings = job.settings.as_dict()
-    return Report(target, layers, seconds, job.notes, settings, peak(), unfinished)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A merge under way."""
-
-    job: Job
-    work: WorkDirectory
-    shown: Display
-    limits: Limits
-    resources: Resources
-    mode: Mode
-    anchors: Path | None
-
-
-def _check_batch(work: WorkDirectory, limits: Limits) -> None:
-    if work.batch > limits.batch:
-        raise InputError(
-            f"{work.path} was begun with {work.batch} experts in a batch, for which there is no "
-            "memory now",
-            expected=f"room for {work.batch}",
-            got=f"room for {limits.batch}",
-            fix="Free or allow as much as then, or use --restart.",
-        )
-
-
-def _pending(job: Job, work: WorkDirectory) -> list[int]:
-    """Numbers of the layers that are not finished."""
-    from fda_fast.output import keeps_layers
-
-    if not keeps_layers(job):
-        return []
-    return [i for i, spec in enumerate(job.layers) if not work.is_finished(spec.name)]
-
-
-def _layers(task: _Task) -> tuple[list[LayerResult], float]:
-    """Results of the layers that are finished, and the seconds that computing stood still."""
-    from fda_fast.output import keeps_layers
-    from fda_fast.pipeline import process_layers
-
-    job, work, resources = task.job, task.work, task.resources
-    if not keeps_layers(job):
-        if resources.shard is not None:
-            raise InputError(f"method {job.settings.method} has no work worth sharing out")
-        return [LayerResult(spec.name) for spec in job.layers], 0.0
-    pending = _pending(job, work)
-    if resources.assemble and pending:
-        raise InputError(
-            f"{len(pending)} of {len(job.layers)} layers are not finished",
-            expected="every shard done",
-            got=f"{job.layers[pending[0]].name} missing",
-            fix="Run the missing shards, or merge without --assemble, which does them here.",
-        )
-    task.shown.start(len(job.layers), len(job.layers) - len(pending))
-    if resources.shard is not None:
-        pending = [index for index in pending if resources.shard.takes(index)]
-    if resources.ray is not None:
-        from fda_fast.distributed import process_layers as distribute
-
-        done, waited = distribute(
-            job, work, pending, task.shown, resources, mode=task.mode, source=task.anchors
-        )
-    else:
-        done, waited = process_layers(
-            job,
-            work,
-            pending,
-            task.shown,
-            mode=task.mode,
-            source=task.anchors,
-            overlap=task.limits.overlap,
-        )
-    for index, spec in enumerate(job.layers):
-        if index not in done and work.is_finished(spec.name):
-            done[index] = LayerResult.from_record(work.load_record(spec.name))
-    return [done[index] for index in sorted(done)], waited
-
-
-def _write(task: _Task, target: Path, layers: list[LayerResult], keep_anchors: bool) -> None:
-    from fda_fast.output import publish_anchors, write_models
-
-    if task.mode == "construct":
-        publish_anchors(task.work, target)
-        return
-    write_models(
-        task.job,
-        task.work,
-        target,
-        layers,
-        display=task.shown,
-        keep_anchors=keep_anchors,
-        kept=[] if task.anchors is None else [task.anchors],
-        overlap=task.limits.overlap,
-    )
-
-
-def _total(layers: list[LayerResult]) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-    for layer in layers:
-        for phase, spent in layer.seconds.items():
-            seconds[phase] = seconds.get(phase, 0.0) + spent
-    return seconds
+    return Report(target, layers, seconds, job.notes, settings, peak(), missing)
 
 
 def _folder_identity(folder: Path) -> dict[str, str]:

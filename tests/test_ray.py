@@ -16,9 +16,10 @@ import pytest
 from fda_fast import merge
 from fda_fast.errors import InputError
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
+    pytest.mark.slow,  # a cluster is started for each
+]
 SMALL: dict[str, Any] = {"anchors": 6, "tokens": 3, "steps": 8, "epochs": 5, "device": "cpu"}
 # A cluster of two workers of one thread each; ray warns of much that does not matter here.
 DRIVER = """
