@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo chemistry suite-vision suite-text ablations test lint unit kernels wheel smoke bench report clean
+.PHONY: demo chemistry suite-vision suite-text ablations test lint unit kernels wheel smoke peers report clean
 
 demo: $(READY)  ## merge four experts of a text encoder by every method, score them, draw the result
 	$(BIN)/python examples/demo.py
@@ -50,6 +50,9 @@ wheel: $(READY)  ## build the wheel in isolation, compare its contents with the 
 
 smoke: $(READY)  ## the main job, small
 	$(BIN)/python examples/demo.py --quick
+
+peers: $(READY)  ## tests against mergekit, fusion-bench and ray, which it installs beside $(VENV)
+	$(BIN)/python tests/peers.py
 
 report: $(READY)  ## regenerate the tables of the README from committed results
 	$(BIN)/python benchmarks/report.py
