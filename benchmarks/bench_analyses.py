@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from assets import MINILM, fetch  # noqa: E402
-from demo import ADAPT, CONSTRUCT  # noqa: E402
+from demo import ADAPT, CONSTRUCT, SCALING  # noqa: E402
 from tasks import TASKS, load_task  # noqa: E402
 
 import fda_fast  # noqa: E402
@@ -152,14 +152,34 @@ def claims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rounded(found)
 
 
-def bias_rows(found: Analyses) -> list[dict[str, Any]]:
+def bias_rows(start: str, found: Analyses) -> list[dict[str, Any]]:
+    """Distances from the experts' features, of the start and of the merged model."""
     rows = []
     for model, by_task in found.bias.items():
         for task, values in by_task.items():
             for layer, one in zip(found.bias_layers, values, strict=True):
-                row = {"model": model, "task": task, "layer": layer}
+                row = {"start": start, "model": model, "task": task, "layer": layer}
                 rows.append(row | dataclasses.asdict(one))
     return rounded(rows)
+
+
+def from_arithmetic(
+    run: Run, base: Path, experts: dict[str, Path], texts: dict[str, Path]
+) -> Analyses:
+    """Features of the merge from Task Arithmetic with the same anchors."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "fda-task_arithmetic-0"
+        settings = {**CONSTRUCT, **ADAPT["task_arithmetic"]}
+        settings["scaling"] = SCALING["task_arithmetic"]
+        fda_fast.merge(
+            base, experts, folder, start="task_arithmetic", anchors_from=run.anchors, **settings
+        )
+        merged = Run.open(folder)
+        job = merged.job(base, experts, "cpu")
+        try:
+            return analyse(merged, job, indices=[], texts=texts)
+        finally:
+            job.close()
 
 
 def main() -> None:
@@ -186,12 +206,14 @@ def main() -> None:
         rows = as_rows("weights", found.layers)
         rows += as_rows("gaussian", from_noise(run, job, indices, real))
         job.close()
+        bias = bias_rows("pretrained", found)
+        bias += bias_rows("task_arithmetic", from_arithmetic(run, base, experts, texts))
     settings = {"construct": job.settings.as_dict()["construct"], "texts_per_task": 64}
     payload = {
         "settings": settings,
         "claims": claims(rows),
         "rows": rows,
-        "bias": bias_rows(found),
+        "bias": bias,
     }
     print(f"written: {write_json('analyses', payload)}")
     for claim in payload["claims"]:

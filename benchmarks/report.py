@@ -218,12 +218,14 @@ def analyses(result: Result) -> str:
         rows.append(
             [text, claim["init"], claim["layer"], *numbers, f"{count} of {of}", _verdict(count, of)]
         )
-    rows.append(_bias(result))
+    rows.append(_bias(result, "pretrained", "the pretrained model"))
+    rows.append(_bias(result, "task_arithmetic", "Task Arithmetic"))
     head = ["claim", "anchors begin at", "layer", "first step", "last step", "experts", "here"]
     made = result["settings"]["construct"]
     note = (
         f"Means over four experts; {made['steps']} steps, {made['anchors']} anchors of "
-        f"{made['tokens']} tokens, one seed. ({where(result)})"
+        f"{made['tokens']} tokens, one seed. Of the bias, the columns are the start and the merged "
+        f"model. ({where(result)})"
     )
     return f"{table(head, rows, left=3)}\n\n{note}"
 
@@ -232,18 +234,20 @@ def _verdict(count: int, of: int) -> str:
     return "confirmed" if count == of else "contradicted" if not count else "mixed"
 
 
-def _bias(result: Result) -> list[str]:
-    """The features at the last layer, of the pretrained model (the start) and the merged one."""
+def _bias(result: Result, start: str, name: str) -> list[str]:
+    """The features at the last layer, of a start and of the model merged from it."""
     last = result["bias"][-1]["layer"]
-    found: dict[str, dict[str, float]] = {"pretrained": {}, "merged": {}}
-    for row in result["bias"]:
-        if row["layer"] == last:
-            found[row["model"]][row["task"]] = row["relative"]
-    before, after = found["pretrained"], found["merged"]
-    count = sum(after[task] < before[task] for task in before)
-    means = (f"{sum(values.values()) / len(values):.3f}" for values in (before, after))
-    text = "representation bias falls, from the pretrained model to the merged one"
-    of = len(before)
+    before, after = (
+        {
+            row["task"]: row["relative"]
+            for row in result["bias"]
+            if (row["start"], row["model"], row["layer"]) == (start, model, last)
+        }
+        for model in ("pretrained" if start == "pretrained" else "start", "merged")
+    )
+    count, of = sum(after[task] < before[task] for task in before), len(before)
+    means = (f"{sum(values.values()) / of:.3f}" for values in (before, after))
+    text = f"FDA lowers the representation bias of {name}"
     return [text, "weights", last, *means, f"{count} of {of}", _verdict(count, of)]
 
 
