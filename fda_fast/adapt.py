@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -158,7 +158,7 @@ def _weights_stepper(
             raise InputError(
                 "start", expected='one module or state dict with mode="weights"', got=type(start)
             )
-        for name, delta in _difference(layer, start).items():
+        for name, delta in _differences(layer, start):
             problem.deltas[name].copy_(delta)
         problem.refresh()
     names = list(problem.deltas)
@@ -189,11 +189,13 @@ def _coefficients_stepper(
             expected='a list of (module or state dict, alpha) with mode="coefficients"',
             got=type(start).__name__,
         )
-    differences = [_difference(layer, weights) for weights, _ in start]
     alphas = [alpha for _, alpha in start]
     state: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-    for name, delta in problem.deltas.items():
-        tau = torch.stack([d[name] for d in differences]).to(delta)
+    # One parameter after the other: the task vectors of a whole layer are there once, not twice.
+    for found in zip(*(_differences(layer, weights) for weights, _ in start), strict=True):
+        name = found[0][0]
+        delta = problem.deltas[name]
+        tau = torch.stack([difference for _, difference in found]).to(delta)
         if not tau.any():
             continue  # no alpha has a gradient here: the tensor stays pretrained
         scales = [alpha if isinstance(alpha, int | float) else alpha[name] for alpha in alphas]
@@ -221,11 +223,10 @@ def _coefficients_stepper(
     return step
 
 
-def _difference(layer: nn.Module, weights: Weights) -> dict[str, Tensor]:
-    """Theta - theta_0 of every parameter of ``layer``, in its dtype."""
+def _differences(layer: nn.Module, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """(name, theta - theta_0) of every parameter of ``layer``, in its dtype."""
     if isinstance(weights, nn.Module):
         weights = dict(weights.named_parameters())
-    result = {}
     for name, pretrained in layer.named_parameters():
         if name not in weights:
             raise InputError(
@@ -236,8 +237,7 @@ def _difference(layer: nn.Module, weights: Weights) -> dict[str, Tensor]:
             raise InputError(
                 f"start: tensor {name}", expected=list(pretrained.shape), got=list(tensor.shape)
             )
-        result[name] = tensor.to(pretrained) - pretrained.detach()
-    return result
+        yield name, tensor.to(pretrained) - pretrained.detach()
 
 
 def _with_deltas(layer: nn.Module, deltas: Mapping[str, Tensor]) -> nn.Module:

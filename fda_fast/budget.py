@@ -131,8 +131,8 @@ def choose_limits(
     """Fit a merge into memory: overlap where it fits, as many tasks per batch as fit.
 
     On the CPU tasks are always constructed one by one, which costs a few per cent of time, so that
-    results do not depend on the memory at all. On a GPU the size of a batch can change the last bits of a result:
-    a job keeps the size that it began with.
+    results do not depend on the memory at all. On a GPU the size of a batch can change the last
+    bits of a result: a job keeps the size that it began with.
 
     Args:
         job: the merge.
@@ -210,6 +210,7 @@ def host_memory(job: Job, load: estimate.Workload, *, overlap: bool) -> HostMemo
             estimate.FLOAT if name in inside else info.dtype.itemsize,
             load,
             merged=name not in inside and (merged or not layered),
+            summed=job.settings.start == "task_arithmetic",
             overlap=overlap,
         )
         found.append((total, total, f"tensor {name}"))

@@ -23,7 +23,7 @@ _ANCHOR_COPIES = 5  # anchors, best ones, two moments, gradient
 # Attention weights kept per head; heads are mostly 64 wide.
 _ATTENTION_VALUES, _HEAD = 6, 64
 # Adaptation: deltas, gradients, live weights, Adam and the result; and per coefficient vector.
-_COPIES_ADAPT, _COPIES_COEFFICIENT = 6.9, 3.0
+_COPIES_ADAPT, _COPIES_COEFFICIENT = 6.9, 2.0
 _ADAPT_ROW_VALUES, _TARGET_COPIES = 1.6, 2.5
 
 # Matrix products in units of 2 * rows * in * out operations: a construction step makes 25 for the 3
@@ -192,11 +192,16 @@ def layer_memory(
     return LayerMemory((1 + load.tasks) * copy, stored, work, (1 + load.snapshots) * copy)
 
 
-def tensor_memory(numel: int, itemsize: int, load: Workload, *, merged: bool, overlap: bool) -> int:
-    """Peak memory while a tensor outside the layers is read, merged if so, and written."""
+def tensor_memory(
+    numel: int, itemsize: int, load: Workload, *, merged: bool, summed: bool, overlap: bool
+) -> int:
+    """Peak memory while a tensor outside the layers is read, merged if so, and written.
+
+    Task Arithmetic only sums (``summed``); the others decompose or optimise all task vectors.
+    """
     if merged:
         held = FLOAT * numel * (load.tasks + 1)
-        work = FLOAT * numel * (load.tasks + 6)
+        work = FLOAT * numel * (2 if summed else load.tasks + 6)
         return held * (2 if overlap else 1) + work
     return numel * max(itemsize, 1) * (5 if overlap else 3)
 

@@ -168,10 +168,16 @@ def _synthetic():
 
 
 @pytest.mark.slow
-def test_a_real_merge_keeps_its_budget_as_planned(wide: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["pretrained", "task_arithmetic", "tsv"])
+def test_a_real_merge_keeps_its_budget_as_planned(start: str, wide: Path, tmp_path: Path) -> None:
     limit = "1400MiB"
+    config = tmp_path / "merge.yaml"
+    content = json.loads(wide.read_text())
+    config.write_text(
+        json.dumps({**content, "parameters": content["parameters"] | {"start": start}})
+    )
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(wide), str(tmp_path / "out"), limit],
+        [sys.executable, "-c", CHILD, str(config), str(tmp_path / "out"), limit],
         capture_output=True,
         text=True,
     )
