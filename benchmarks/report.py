@@ -251,6 +251,18 @@ def _bias(result: Result, start: str, name: str) -> list[str]:
     return [text, "weights", last, *means, f"{count} of {of}", _verdict(count, of)]
 
 
+def quality(result: Result) -> str:
+    """All suites of the machine side by side."""
+    stamp = result["environment"]
+    suites = {
+        name: found
+        for name in sections.SUITES
+        for found in results(name)
+        if found["environment"]["cpu"] == stamp["cpu"]
+    }
+    return sections.summary(suites, f"{stamp['cpu']}; torch {stamp['torch']}; {stamp['date'][:10]}")
+
+
 REPORT_SECTIONS: Sections = {"analyses": ("analyses", analyses)}
 SECTIONS: Sections = {
     "demo": ("demo", demo),
@@ -259,10 +271,7 @@ SECTIONS: Sections = {
     "fidelity": ("step", fidelity),
     "adapt": ("adapt", adapt),
     "starting": ("starting", starting),
-    **{
-        name: (file, lambda result, section=section: section(result, where(result)))
-        for name, (file, section) in sections.README.items()
-    },
+    "quality": ("quality-vision", quality),
 }
 EVIDENCE_SECTIONS: Sections = {
     name: (file, lambda result, section=section: section(result, where(result)))
