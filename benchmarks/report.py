@@ -251,6 +251,57 @@ def _bias(result: Result, start: str, name: str) -> list[str]:
     return [text, "weights", last, *means, f"{count} of {of}", _verdict(count, of)]
 
 
+def merge(result: Result) -> str:
+    """Whole merges under a memory limit."""
+    rows = []
+    for row in result["rows"]:
+        seconds = row["seconds"]
+        beside = row["overlapped_seconds"] / (seconds["read"] + seconds["save"])
+        rows.append(
+            [
+                f"{row['layers']} layers, {row['parameters'] / 1e9:.2f} G parameters",
+                f"{row['peak_bytes'] / 2**30:.2f} GiB",
+                f"{row['planned_peak_bytes'] / row['peak_bytes'] - 1:+.0%}",
+                f"{seconds['total']:.0f} s",
+                f"{row['planned_seconds'] / seconds['total'] - 1:+.0%}",
+                f"{beside:.0%}",
+            ]
+        )
+    head = ["merge", "peak memory", "planned", "time", "planned", "read and save hidden"]
+    made = result["settings"]
+    note = (
+        f"Two bf16 experts of a synthetic Llama under `--max-memory {result['max_memory']}`, "
+        f"{made['anchors']} anchors, {made['steps']} steps, {made['epochs']} epochs, on a busy "
+        "machine. Planned: what `fda-fast plan` said beforehand, against what was measured. "
+        f"Hidden: the part of reading and saving that went on beside the computation. ({where(result)})"
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def lora(result: Result) -> str:
+    """LoRA experts' task vectors as factors against the product formed."""
+    rows = []
+    for case in result["rows"]:
+        formed, factors = case["rows"]
+        rows.append(
+            [
+                case["case"],
+                str(case["tasks"]),
+                f"{case['speedup']:.2f}x",
+                f"{factors['mib'] / formed['mib']:.2f}",
+                f"{formed['error']:.1e}",
+                f"{factors['error']:.1e}",
+            ]
+        )
+    head = ["layer", "experts", "speed", "memory", "error, formed", "error, factors"]
+    note = (
+        f"A construction step of LoRA experts of rank {result['rows'][0]['rank']} whose task "
+        "vector stays B A, against the same with B A formed; error of dL/dX against float64. "
+        f"({where(result)})"
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
 def quality(result: Result) -> str:
     """All suites of the machine side by side."""
     stamp = result["environment"]
@@ -272,6 +323,8 @@ SECTIONS: Sections = {
     "adapt": ("adapt", adapt),
     "starting": ("starting", starting),
     "quality": ("quality-vision", quality),
+    "lora": ("lora", lora),
+    "merge": ("merge", merge),
 }
 EVIDENCE_SECTIONS: Sections = {
     name: (file, lambda result, section=section: section(result, where(result)))
