@@ -273,7 +273,8 @@ def merge(result: Result) -> str:
         f"Two bf16 experts of a synthetic Llama under `--max-memory {result['max_memory']}`, "
         f"{made['anchors']} anchors, {made['steps']} steps, {made['epochs']} epochs, on a busy "
         "machine. Planned: what `fda-fast plan` said beforehand, against what was measured. "
-        f"Hidden: the part of reading and saving that went on beside the computation. ({where(result)})"
+        "Hidden: the part of reading and saving that went on beside the computation. "
+        f"({where(result)})"
     )
     return f"{table(head, rows)}\n\n{note}"
 
