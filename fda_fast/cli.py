@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fda_fast.errors import InputError
+from fda_fast.exits import INTERRUPTED, guarded
 from fda_fast.version import __version__
-
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-
-_EXPLAINS = ("fda_fast.construct", "fda_fast.adapt", "fda_fast.devices", "fda_fast.distributed")
-"""Modules whose RuntimeErrors tell a user enough."""
 
 app = typer.Typer(
     name="fda-fast",
@@ -65,60 +57,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only er
 Restart = Annotated[bool, typer.Option("--restart", help="Throw away the work of earlier runs.")]
 
 
-def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the errors a user can do something about into one line and an exit code."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except InputError as error:
-            _complain(str(error))
-            raise typer.Exit(BAD_INPUT) from None
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                # The reader of our output (head, less) has gone: nothing is wrong.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                raise typer.Exit(0) from None
-            _complain(_describe(error))
-            raise typer.Exit(FAILED) from None
-        except RuntimeError as error:
-            if not _is_explained(error):
-                raise
-            notes = " ".join(getattr(error, "__notes__", []))
-            _complain(f"{error} {notes}".strip())
-            raise typer.Exit(FAILED) from None
-        except KeyboardInterrupt:
-            _complain("Interrupted. Finished work is kept; the same command goes on from there.")
-            raise typer.Exit(INTERRUPTED) from None
-
-    return run
-
-
-def _is_explained(error: RuntimeError) -> bool:
-    """Whether a run failed for a reason that its message tells, rather than through a bug."""
-    if type(error).__name__ == "OutOfMemoryError":
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = trace.tb_frame.f_globals.get("__name__") if trace is not None else None
-    return raised_in in _EXPLAINS
-
-
-def _complain(text: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    line = " ".join(text.split())
-    Console(stderr=True, soft_wrap=True).print(Text(f"error: {line}", style="red"))
-
-
-def _describe(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
-
-
 def _overrides(
     assignments: list[str] | None = None, **given: int | float | str | None
 ) -> dict[str, Any]:
@@ -158,7 +96,7 @@ def _resources(
 
 
 @app.command()
-@_guarded
+@guarded
 def merge(
     config: ConfigFile,
     output: Output,
@@ -223,7 +161,7 @@ def merge(
 
 
 @app.command()
-@_guarded
+@guarded
 def construct(
     config: ConfigFile,
     output: Annotated[Path, typer.Argument(help="Folder for the anchors: new, or empty.")],
@@ -257,7 +195,7 @@ def construct(
 
 
 @app.command()
-@_guarded
+@guarded
 def adapt(
     config: ConfigFile,
     anchors: Annotated[Path, typer.Argument(help="Folder that `construct` wrote.")],
@@ -297,7 +235,7 @@ def adapt(
 
 
 @app.command()
-@_guarded
+@guarded
 def plan(
     config: Annotated[
         Path,
@@ -330,7 +268,7 @@ def plan(
 
 
 @app.command()
-@_guarded
+@guarded
 def inspect(
     path: Annotated[
         Path,
@@ -350,7 +288,7 @@ def inspect(
         "help_option_names": [],
     }
 )
-@_guarded
+@guarded
 def official(context: typer.Context) -> None:
     """The published FDA scripts: vision|nlu|nlg construct|adapt, then their own flags."""
     from fda_fast.compat.official.commands import main as run
@@ -359,7 +297,7 @@ def official(context: typer.Context) -> None:
 
 
 @app.command()
-@_guarded
+@guarded
 def report(
     run: Annotated[Path, typer.Argument(help="Folder that `merge` wrote.")],
     output: Annotated[
