@@ -185,12 +185,17 @@ def load_heads(file: Path | None = None) -> dict[str, nn.Linear]:
     return heads
 
 
-@torch.inference_mode()
 def accuracy(encoder: nn.Module, head: nn.Linear, batches: Batches) -> float:
     """Share of the split that is classified correctly, in [0, 1]."""
+    return right(encoder, head, batches).float().mean().item()
+
+
+@torch.inference_mode()
+def right(encoder: nn.Module, head: nn.Linear, batches: Batches) -> Tensor:
+    """Which examples are classified correctly: [N] booleans, in the order of the batches."""
     encoder.eval()
-    right = total = 0
-    for ids, mask, labels in zip(batches.ids, batches.masks, batches.labels, strict=True):
-        right += int((head(features(encoder, ids, mask)).argmax(-1) == labels).sum())
-        total += len(labels)
-    return right / total
+    found = [
+        head(features(encoder, ids, mask)).argmax(-1) == labels
+        for ids, mask, labels in zip(batches.ids, batches.masks, batches.labels, strict=True)
+    ]
+    return torch.cat(found)

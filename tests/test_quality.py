@@ -183,6 +183,19 @@ def test_verdicts_need_more_than_the_error(module) -> None:
     assert verdict([3.0, -1.0, 1.0], error=0.1) == "no difference"
 
 
+def test_the_error_of_a_difference_is_that_of_its_examples(module) -> None:
+    tables, pack = module("tables"), module("suite").pack
+    right = torch.rand(101, generator=torch.Generator().manual_seed(0)) > 0.3
+    better = right.clone()
+    better[~right.cumsum(0).bool() | (torch.arange(101) % 10 == 0)] = True
+    assert torch.equal(torch.from_numpy(tables.unpack(pack(right), 101)), right)
+    result = {"tasks": {"one": {"test": 101}}}
+    rows = [{"right": {"one": [pack(found)]}} for found in (better, right)]
+    expected = 100 * float((better.double() - right.double()).std()) / 101**0.5
+    assert tables.sampling_error(result, *rows) == pytest.approx(expected)
+    assert tables.sampling_error(result, rows[0], rows[0]) == 0
+
+
 def test_every_ablation_has_a_title_and_a_section(module) -> None:
     names = module("ablate").ABLATIONS.keys()
     assert names == module("figures").TITLES.keys()

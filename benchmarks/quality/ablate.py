@@ -5,8 +5,8 @@
 
 An ablation changes one thing of construction (or adaptation) and reports the average test accuracy
 of FDA from the pretrained model (Eq. 5) and from Task Arithmetic (Eq. 6), with the adaptation
-settings that the suite's own run chose on the validation split. Anchors that the suite made are
-used again. Needs the result file of `run.py vision`.
+settings that the suite's own run chose on the validation split, and 100 steps but where steps are
+what is varied. Needs the result file of `run.py vision`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ class Variant:
     at: int | None = None
 
 
+STEPS = 100
+"""Of construction where an ablation does not say otherwise."""
 DISTANCES = ("cosine", "l2", "l1")
 FP32 = {"precision": "fp32"}
 ABLATIONS: dict[str, list[Variant]] = {
     "steps": [
         Variant(f"{init} {step if step > 1 else 0}", {"init": init, "steps": last}, at=step)
-        for init, last in (("weights", 400), ("gaussian", 100))
+        for init, last in (("weights", 1200), ("gaussian", 1200))
         for step in KEPT
         if step <= last
     ],
@@ -92,6 +94,7 @@ class Ablation:
             raise SystemExit(f"{path} is missing: python benchmarks/quality/run.py vision")
         result = json.loads(path.read_text())
         self.runner = Runner(load_suite("vision"))
+        self.runner.suite.steps = STEPS
         by_label = {label: start for start, label in STARTS.items()}
         self.tuned = {
             by_label[row["start"]]: row["settings"]

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,7 +37,7 @@ STARTS = {
 OFF_DIAGONALS = (0.5, 0.9)
 INITS = ("weights", "gaussian")
 Unit = dict[str, Any]
-"""What one merge gave: "scores", accuracies by task, and "seconds" of the processor."""
+"""What one merge gave: by task "scores", accuracies, and what was "right"; and "seconds"."""
 
 
 class Runner:
@@ -60,11 +62,15 @@ class Runner:
             begun = time.process_time()
             layers = make()
             seconds = time.process_time() - begun
-            scores = self.suite.score(self.suite.assemble(layers), split)
-            print(f"{name} {settings}: {split} {mean(scores):.2f}, {seconds:.1f} s", flush=True)
-            return {"scores": scores, "seconds": round(seconds, 2)}
+            model = self.suite.assemble(layers)
+            found = self.suite.outcomes(dict.fromkeys(self.suite.tasks, model), split)
+            print(
+                f"{name} {settings}: {split} {mean(found['scores']):.2f}, {seconds:.1f} s",
+                flush=True,
+            )
+            return {**found, "seconds": round(seconds, 2)}
 
-        where = stored.folder(self.suite.name) / "scores"
+        where = stored.folder(self.suite.name) / "outcomes"
         key = {**settings, "suite": self.key, "split": split}
         return stored.values(where, name, key, work)
 
@@ -177,6 +183,7 @@ def run(
             {
                 "method": method,
                 "scores": {t: [u["scores"][t] for u in units] for t in suite.tasks},
+                "right": {t: [u["right"][t] for u in units] for t in suite.tasks},
                 "seconds": [u["seconds"] for u in units],
                 **more,
             }
@@ -184,7 +191,7 @@ def run(
 
     untouched = [methods.parameters(layer) for layer in suite.layers(suite.pretrained)]
     add("pretrained", [runner.unit("pretrained", {}, lambda: untouched)])
-    add("individual experts", [{"scores": suite.score_experts("test"), "seconds": 0.0}])
+    add("individual experts", [{**suite.outcomes(suite.experts, "test"), "seconds": 0.0}])
     for method in ("task_arithmetic", "tsv", "wudi"):
         add(STARTS[method], [runner.sweep_start(method)], settings=runner.chosen[method])
 
@@ -232,15 +239,15 @@ def with_data(runner: Runner, add: Callable[..., None]) -> None:
         settings={"off_diagonal": factor})  # fmt: skip
 
 
-def load_suite(name: str) -> Suite:
-    """One of the suites by name; trains what is not stored."""
+def load_suite(name: str, seed: int = 0) -> Suite:
+    """One of the suites by name, ``seed`` that of training; trains what is not stored."""
     if name.startswith("vision"):
         from vision import VisionSuite
 
-        return VisionSuite(joint=name == "vision-joint")
+        return VisionSuite(joint=name == "vision-joint", seed=seed)
     from text import TextSuite
 
-    return TextSuite()
+    return TextSuite(seed=seed)
 
 
 def main() -> None:
@@ -250,9 +257,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--inits", nargs="+", choices=INITS, default=INITS, help="of anchors")
     parser.add_argument("--no-bounds", action="store_true", help="no published settings, no data")
+    parser.add_argument("--steps", type=int, help="of construction; default: the published 1200")
+    parser.add_argument("--experts", type=int, default=0, help="seed of training")
+    parser.add_argument("--label", help="recorded as quality-SUITE-LABEL")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    suite = load_suite(args.suite)
+    suite = load_suite(args.suite, args.experts)
+    suite.steps = args.steps or suite.steps
     rows = run(Runner(suite), args.seeds, inits=args.inits, bounds=not args.no_bounds)
     payload = {
         "suite": suite.name,
@@ -261,11 +272,13 @@ def main() -> None:
             for task in suite.tasks
         },
         "seeds": args.seeds,
+        "command": shlex.join(["python", "benchmarks/quality/run.py", *sys.argv[1:]]),
         "construct": methods.settings_of(suite),
         "training": suite.record,
         "rows": rows,
     }
-    print(f"recorded in {write_json(f'quality-{suite.name}', payload)}")
+    name = "-".join(["quality", suite.name, *([args.label] if args.label else [])])
+    print(f"recorded in {write_json(name, payload)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from tables import (
     gains,
     markdown,
     method_table,
-    sampling_error,
     spread,
 )
 
@@ -29,19 +28,9 @@ def methods(result: Result, where: str) -> str:
         "over its starting point in points; FDA and RegMean rows: mean and standard deviation over "
         f"{result['seeds']} seeds. {made['anchors']} anchors of {made['tokens']} tokens a task and "
         f"layer, {made['steps']} steps. Seconds of one processor core, construction + adaptation. "
-        f"`{command(result)}`. ({where})"
+        f"`{result['command']}`. ({where})"
     )
     return f"{markdown(*method_table(result))}\n\n{note}"
-
-
-def command(result: Result) -> str:
-    """What makes a suite's result file again, with the options of a run in part."""
-    kinds = {row["init"] for row in result["rows"] if "init" in row}
-    if kinds == {"weights", "gaussian", "real"}:
-        return f"make suite-{result['suite']}"
-    options = [] if {"weights", "gaussian"} <= kinds else [f"--inits {' '.join(kinds - {'real'})}"]
-    options += [] if "real" in kinds else ["--no-bounds"]
-    return " ".join(["python benchmarks/quality/run.py", result["suite"], *options])
 
 
 def published(result: Result, where: str) -> str:
@@ -57,8 +46,7 @@ def verdicts(result: Result, where: str) -> str:
     table = markdown(["claim", "anchors", "points", "on this suite"], claims(result), left=2)
     note = (
         'Points of average accuracy over seeds. "No difference": within twice the error, which '
-        f"joins the seeds' and the test set's ({sampling_error(result):.1f} points for one model). "
-        f"({where})"
+        f"joins the seeds' and the test set's. ({where})"
     )
     return f"{table}\n\n{note}"
 

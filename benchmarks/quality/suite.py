@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -86,8 +87,8 @@ class Suite(ABC):
         """The repeated layers of a model of this suite."""
 
     @abstractmethod
-    def accuracy(self, model: nn.Module, task: str, split: str) -> float:
-        """Share of a split ("validation" or "test") that is right with the task's head."""
+    def right(self, model: nn.Module, task: str, split: str) -> Tensor:
+        """Which examples of a split ("validation" or "test") the task's head gets right: [N]."""
 
     @abstractmethod
     def count(self, task: str, split: str) -> int:
@@ -116,6 +117,10 @@ class Suite(ABC):
             layer.load_state_dict(dict(weights), strict=True)
         return model.eval()
 
+    def accuracy(self, model: nn.Module, task: str, split: str) -> float:
+        """Share of a split that is right."""
+        return self.right(model, task, split).float().mean().item()
+
     def score(self, model: nn.Module, split: str) -> Scores:
         """Accuracy on every task."""
         return {task: self.accuracy(model, task, split) for task in self.tasks}
@@ -123,6 +128,14 @@ class Suite(ABC):
     def score_experts(self, split: str) -> Scores:
         """Every expert on its own task."""
         return {t: self.accuracy(expert, t, split) for t, expert in self.experts.items()}
+
+    def outcomes(self, models: Mapping[str, nn.Module], split: str) -> dict[str, Any]:
+        """ "scores", and example by example what was "right", of one model a task."""
+        right = {task: self.right(model, task, split) for task, model in models.items()}
+        return {
+            "scores": {task: found.float().mean().item() for task, found in right.items()},
+            "right": {task: pack(found) for task, found in right.items()},
+        }
 
     def relative_change(self) -> dict[str, float]:
         """|task vector| / |pretrained layers| of every task."""
@@ -169,6 +182,11 @@ class Suite(ABC):
                 chosen = torch.randperm(len(one), generator=generator)[: self.tokens]
                 rows.append(one[chosen])
         return torch.stack(rows[:count]).clone()
+
+
+def pack(right: Tensor) -> str:
+    """Booleans [N] as hexadecimal digits; ``tables.unpack`` is the way back."""
+    return np.packbits(right.cpu().numpy()).tobytes().hex()
 
 
 def mean(scores: Scores) -> float:

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 Result = dict[str, Any]
 Row = dict[str, Any]
 
@@ -82,18 +84,37 @@ def method_table(result: Result, which: str = "tuned") -> tuple[list[str], list[
     return head, cells
 
 
-def sampling_error(result: Result) -> float:
-    """Standard error of an average accuracy by the choice of test examples, in points."""
-    experts = find(result, "individual experts")["scores"]
-    variance = [p * (1 - p) / result["tasks"][t]["test"] for t, (p,) in experts.items()]
-    return 100 * math.sqrt(sum(variance)) / len(variance)
+def unpack(right: str, count: int) -> np.ndarray:
+    """Booleans [count] of ``suite.pack``."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(right), np.uint8), count=count).astype(bool)
+
+
+def sampling_error(result: Result, row: Row, other: Row) -> float:
+    """Standard error of a difference of average accuracies by the choice of test examples, points.
+
+    Both rows are scored on the same examples, so what counts is how the difference varies from
+    example to example, seeds averaged. Without the examples (the demo) it is the error of one
+    model, an upper bound.
+    """
+    variances = []
+    for task, sizes in result["tasks"].items():
+        count = sizes["test"]
+        if "right" in row and "right" in other:
+            mine, theirs = (
+                np.mean([unpack(seed, count) for seed in one["right"][task]], axis=0)
+                for one in (row, other)
+            )
+            variances.append((mine - theirs).var(ddof=1) / count)
+        else:
+            (p,) = find(result, "individual experts")["scores"][task]
+            variances.append(p * (1 - p) / count)
+    return float(100 * math.sqrt(sum(variances)) / len(variances))
 
 
 def verdict(values: Iterable[float], error: float) -> str:
     """ "confirmed" or "contradicted" beyond twice the error of the mean, else "no difference".
 
-    The error joins the spread over seeds and the sampling error of the test set, which is an
-    upper bound: both models of a difference are scored on the same examples.
+    The error joins the spread over seeds and the sampling error of the test set.
     """
     values = list(values)
     seeds = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
@@ -120,25 +141,26 @@ def claims(result: Result, which: str = "tuned") -> list[list[str]]:
         for init, label in INITS.items()
         if any(row.get("init") == init for row in result["rows"])
     }
-    error = sampling_error(result)
     found = []
 
-    def add(claim: str, init: str, values: list[float]) -> None:
-        found.append([claim, init, spread(values, "+"), verdict(values, error)])
+    def add(claim: str, label: str, row: Row, other: Row) -> None:
+        less = averages(other)
+        less = less * len(averages(row)) if len(less) == 1 else less
+        points = [a - b for a, b in zip(averages(row), less, strict=True)]
+        judged = verdict(points, sampling_error(result, row, other))
+        found.append([claim, label, spread(points, "+"), judged])
 
-    (arithmetic,) = averages(find(result, "Task Arithmetic"))
+    def fda(start: str, init: str) -> Row:
+        return find(result, f"FDA from {start}", init=init, which=which)
+
     for init, label in inits.items():
-        row = find(result, "FDA from pretrained", init=init, which=which)
-        add("FDA improves the pretrained model", label, gains(result, row))
-        add("FDA from pretrained beats Task Arithmetic", label,
-            [value - arithmetic for value in averages(row)])  # fmt: skip
+        row = fda("pretrained", init)
+        add("FDA improves the pretrained model", label, row, find(result, "pretrained"))
+        add("FDA from pretrained beats Task Arithmetic", label, row,
+            find(result, "Task Arithmetic"))  # fmt: skip
         for start in ("Task Arithmetic", "TSV-M", "WUDI"):
-            row = find(result, f"FDA from {start}", init=init, which=which)
-            add(f"FDA improves {start}", label, gains(result, row))
+            add(f"FDA improves {start}", label, fda(start, init), find(result, start))
     for start in ("pretrained", "Task Arithmetic", "TSV-M", "WUDI") if len(inits) == 2 else ():
-        one, other = (
-            averages(find(result, f"FDA from {start}", init=init, which=which)) for init in INITS
-        )
-        difference = [a - b for a, b in zip(one, other, strict=True)]
-        add(f"weights better than Gauss, from {start}", "both", difference)
+        one, other = (fda(start, init) for init in INITS)
+        add(f"weights better than Gauss, from {start}", "both", one, other)
     return found

@@ -19,7 +19,7 @@ import stored
 import torch
 from assets import Package, fetch
 from suite import Grid, Suite, published
-from tasks import TASKS, Batches, Task, accuracy, features, load_task, load_tokenizer
+from tasks import TASKS, Batches, Task, features, load_task, load_tokenizer, right
 from torch import Tensor, nn
 from train_experts import train
 from transformers import BertConfig, BertModel
@@ -73,7 +73,6 @@ class TextSuite(Suite):
 
     name = "text"
     anchors, tokens = 16, 5
-    steps = 50
     grid = Grid(
         scalings=(0.2, 0.3, 0.5, 0.7, 1.0),
         wudi_rates=(1e-5,),
@@ -131,8 +130,8 @@ class TextSuite(Suite):
     def layers(self, model: nn.Module) -> nn.ModuleList:
         return model.encoder.layer
 
-    def accuracy(self, model: nn.Module, task: str, split: str) -> float:
-        return accuracy(model, self.heads[task], self.texts[task, split])
+    def right(self, model: nn.Module, task: str, split: str) -> Tensor:
+        return right(model, self.heads[task], self.texts[task, split])
 
     def count(self, task: str, split: str) -> int:
         return sum(map(len, self.texts[task, split].labels))

@@ -54,7 +54,6 @@ class VisionSuite(Suite):
 
     name = "vision"
     tokens = 5
-    steps = 100
     grid = Grid(
         scalings=(0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4),
         wudi_rates=(1e-5, 1e-4),
@@ -143,10 +142,9 @@ class VisionSuite(Suite):
     def layers(self, model: nn.Module) -> nn.ModuleList:
         return model.vit.layers if hasattr(model.vit, "layers") else model.vit.encoder.layer
 
-    def accuracy(self, model: nn.Module, task: str, split: str) -> float:
+    def right(self, model: nn.Module, task: str, split: str) -> Tensor:
         data: Images = getattr(self.data[task], split)
-        right = self.heads[task](features(model, data.x)).argmax(-1) == data.y
-        return right.float().mean().item()
+        return self.heads[task](features(model, data.x)).argmax(-1) == data.y
 
     def count(self, task: str, split: str) -> int:
         return len(getattr(self.data[task], split))
