@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fda_fast.layers.evaluation import check_part
 from fda_fast.layers.parameter import Materials
 from fda_fast.layers.precision import Precision
 from fda_fast.layers.program import Node
 from fda_fast.ops import similarity
 
-# Anchors of which targets are computed at once.
+# Most anchors of which targets are computed at once.
 _CHUNK = 64
 
 
@@ -36,6 +37,8 @@ class ProgramAdaptation:
         distance: "cosine" (minus the sum of cosines), "l2" or "l1" (summed).
         precision: of the products. Targets are computed in fp32, or float64 for such a layer.
         merged: one set of weights rather than delta form; default: only if precision is fp32.
+        part: anchors that the sweeps hold at once; None for a whole batch. The same numbers to
+            rounding.
 
     Attributes:
         parameter_names: in the order of ``named_parameters()``.
@@ -55,16 +58,21 @@ class ProgramAdaptation:
         precision: Precision,
         dtype: torch.dtype = torch.float32,
         merged: bool | None = None,
+        part: int | None = None,
     ) -> None:
         similarity.check_kind(distance)
+        check_part(part)
+        self._part = part
         self._kind = distance
         merged = precision.name == "fp32" if merged is None else merged
         anchors = torch.cat([x.detach() for x, _ in tasks]).to(precision.device, dtype)
         self.size = anchors.shape[0]
         tokens = anchors.shape[1] if anchors.dim() == 3 else 1
         self._x = anchors.view(self.size, tokens, anchors.shape[-1])
+        chunk = min(_CHUNK, part or _CHUNK)
         targets = [
-            _target(build, pretrained, layer, x.to(self._x), tokens, merged) for x, layer in tasks
+            _target(build, pretrained, layer, x.to(self._x), tokens, merged, chunk)
+            for x, layer in tasks
         ]
         self._targets = torch.cat(targets)  # [N, T, d_out], y_i if merged, else y_i - y
         materials = Materials(
@@ -79,6 +87,7 @@ class ProgramAdaptation:
         self._precision, self._merged = precision, merged
         self._root = build(materials)
         self.parameter_names = list(materials.names)
+        self._parameters = materials.parameters
         parameters = {p.name: p for p in materials.parameters}
         self.deltas = {name: parameters[name].master for name in materials.names}
         self.gradients = {name: parameters[name].grad for name in materials.names}
@@ -92,6 +101,15 @@ class ProgramAdaptation:
     def evaluate(self, index: Tensor) -> Tensor:
         """Loss (scalar, no host sync) of the anchors ``index`` [B]; fills ``gradients``."""
         index = index.to(self._x.device, non_blocking=True)
+        first, *others = index.split(self._part or max(1, len(index)))
+        loss = self._evaluate_part(first, add=False)
+        for part in others:
+            loss = loss + self._evaluate_part(part, add=True)
+        return loss
+
+    def _evaluate_part(self, index: Tensor, *, add: bool) -> Tensor:
+        for parameter in self._parameters:
+            parameter.adds = add
         x = self._x.index_select(0, index)
         target = self._targets.index_select(0, index)
         try:
@@ -122,6 +140,7 @@ def _target(
     anchors: Tensor,
     tokens: int,
     whole: bool,
+    chunk: int,
 ) -> Tensor:
     """Outputs [n, T, d] of the fine-tuned layer; their difference to theta_0's unless whole."""
     precision = Precision("fp32", anchors.device)
@@ -136,7 +155,7 @@ def _target(
     root = build(materials)
     found = []
     with precision.active():
-        for x in anchors.split(_CHUNK):
+        for x in anchors.split(chunk):
             y, dy = root.forward(x.reshape(1, -1, x.shape[-1]), None)
             dy = torch.zeros_like(y) if dy is None else dy
             found.append((y + dy if whole else dy).view(x.shape[0], tokens, -1).clone())

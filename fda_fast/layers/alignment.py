@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +35,38 @@ class Alignment:
         self._squares = torch.stack([p.square() for p in parameters], dim=1)  # [K, P]
         self._active = torch.tensor([not p.zero_gradient for p in parameters], device=device)
         self._order = torch.tensor([found.index(name) for name in names], device=device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was gathered, and every M."""
+        self._totals: list[Any] = [None] * len(self._leaves)
+        self._directions: list[Any] = []
+
+    def gather(self) -> None:
+        """Add the gradients of the last backward to those of earlier parts."""
+        pairs = zip(self._leaves, self._totals, strict=True)
+        self._totals = [leaf.gather(total) for leaf, total in pairs]
+
+    def resume(self) -> None:
+        """Hand every node the M of the last ``evaluate`` again, for another part."""
+        for leaf, direction in zip(self._leaves, self._directions, strict=True):
+            leaf.direction = direction
 
     def evaluate(self, scale: float) -> tuple[Tensor, Tensor]:
         """Loss [K] and cosines [K, P]; hands every node its coefficients.
 
+        Of the gradients of all parts, if they were gathered, else of the last backward.
         ``scale`` is what the similarity, and with it every G, was multiplied by.
         """
-        dots = torch.cat([leaf.dots() for leaf in self._leaves], dim=2)
+        gathered, self._totals = self._totals, [None] * len(self._leaves)
+        pairs = zip(self._leaves, gathered, strict=True)
+        dots = torch.cat([leaf.dots(total) for leaf, total in pairs], dim=2)
         loss, cosines, coefficients = alignment.coefficients(
             dots, self._squares, self._active, 1e-8 * scale
         )
         parts = coefficients.split(self._counts, dim=2)
         for leaf, part in zip(self._leaves, parts, strict=True):
             leaf.set_coefficients(part)
+        if gathered[0] is not None:
+            self._directions = [leaf.direction for leaf in self._leaves]
         return loss, cosines.index_select(1, self._order)

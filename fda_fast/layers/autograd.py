@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fda_fast.errors import InputError
 from fda_fast.layers.call import call_keywords, call_layer
-from fda_fast.layers.evaluation import Evaluation
+from fda_fast.layers.evaluation import Evaluation, check_part
 from fda_fast.layers.recognise import zero_gradient_names
 
 # cosine_similarity's floor of each norm; part of the published arithmetic.
@@ -59,11 +59,15 @@ class AutogradProblem:
         directions: of each task {parameter name: tensor} to align with in place of the task
             vector; a term whose name is missing is the constant 1.
         objective: scalar function of the pretrained output [n, (T,) d_out] in place of s.
+        part: anchors of a task whose graph exists at once; None for all. The same numbers to
+            rounding, for a layer that treats every anchor by itself.
 
     Raises:
-        InputError: unknown distance, no fine-tuned layer, names or shapes that differ.
+        InputError: unknown distance, no fine-tuned layer, names or shapes that differ; ``part``
+            with an objective, which need not be a sum over anchors.
 
-    Cost: per task and step about nine matrix products for each one of a forward, plus the graph.
+    Cost: per task and step about nine matrix products for each one of a forward, plus the graph;
+    in parts three more.
     Source: FDA, arXiv 2510.21223v1, Eq. 1, in the form of the official construct_fda.py.
     """
 
@@ -76,7 +80,9 @@ class AutogradProblem:
         zero_gradient: Collection[str] | None = None,
         directions: Sequence[Mapping[str, Tensor]] | None = None,
         objective: Callable[[Tensor], Tensor] | None = None,
+        part: int | None = None,
     ) -> None:
+        check_part(part, objective)
         if zero_gradient is None:
             zero_gradient = zero_gradient_names(pretrained)
         self._similarity = _choose(_SIMILARITY, distance)
@@ -90,11 +96,11 @@ class AutogradProblem:
             name: tensor.detach().requires_grad_() for name, tensor in pretrained.named_parameters()
         }
         self._objective = objective
+        self._part = part
+        given: Sequence[Mapping[str, Tensor] | None] = directions or [None] * len(finetuned)
         self._tasks = [
-            _Task(self._parameters, layer, frozenset(zero_gradient), given)
-            for layer, given in zip(
-                self._finetuned, directions or [None] * len(finetuned), strict=True
-            )
+            _Task(self._parameters, layer, frozenset(zero_gradient), towards)
+            for layer, towards in zip(self._finetuned, given, strict=True)
         ]
         self._keywords: dict[Any, list[dict[str, Any]]] = {}
 
@@ -121,38 +127,64 @@ class AutogradProblem:
 
     def _evaluate_one(self, k: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         task = self._tasks[k]
-        x = x.clone().requires_grad_()
         cosines = x.new_zeros(len(self.parameter_names))
         loss = x.new_tensor(float(len(self.parameter_names)))
         if not task.names:
             return loss, torch.zeros_like(x), cosines
-        with torch.enable_grad():
-            similarity = self._layer_similarity(k, x)
-            gradients = torch.autograd.grad(
-                similarity,
-                [self._parameters[name] for name in task.names],
-                create_graph=True,
-                allow_unused=True,
-            )
-            terms = {
-                name: _gradient_cosine(gradient, direction)
-                for name, gradient, direction in zip(
-                    task.names, gradients, task.directions, strict=True
-                )
-                if gradient is not None
-            }
-            aligned = sum(1 - cosine for cosine in terms.values())
-        if not isinstance(aligned, Tensor) or not aligned.requires_grad:
-            grad = torch.zeros_like(x)  # the gradients of s do not depend on the anchors
+        parts = x.split(self._part or len(x))
+        if len(parts) == 1:
+            x = x.clone().requires_grad_()
+            gradients = self._gradients(k, x, 1.0, create_graph=True)
+            terms, aligned = task.align(gradients)
+            grad = _gradient(aligned, x)
         else:
-            (grad,) = torch.autograd.grad(aligned, x, allow_unused=True)
-            grad = torch.zeros_like(x) if grad is None else grad
+            terms, aligned, grad = self._evaluate_parts(k, parts)
         for index, name in enumerate(self.parameter_names):
             if name in terms:
                 cosines[index] = terms[name].detach()
         constants = len(self.parameter_names) - len(terms)
         aligned = aligned.detach() if isinstance(aligned, Tensor) else x.new_tensor(0.0)
         return aligned + constants, grad, cosines
+
+    def _gradients(
+        self, k: int, x: Tensor, share: float, *, create_graph: bool
+    ) -> dict[str, Tensor]:
+        """G of anchors that are this share of all, by name; without what the layer leaves out."""
+        names = self._tasks[k].names
+        with torch.enable_grad():
+            similarity = self._layer_similarity(k, x)
+            found = torch.autograd.grad(
+                similarity if share == 1 else share * similarity,
+                [self._parameters[name] for name in names],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        return {name: G for name, G in zip(names, found, strict=True) if G is not None}
+
+    def _evaluate_parts(
+        self, k: int, parts: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor | int, Tensor]:
+        """Cosines, their sum in L and its gradient; the parts meet in G and M = dL/dG alone."""
+        count = sum(len(part) for part in parts)
+        total: dict[str, Tensor] = {}
+        for part in parts:
+            of_part = self._gradients(k, part, len(part) / count, create_graph=False)
+            for name, G in of_part.items():
+                total[name] = total[name].add_(G) if name in total else G
+        leaves = {name: G.requires_grad_() for name, G in total.items()}
+        terms, aligned = self._tasks[k].align(leaves)
+        M: Sequence[Tensor] = ()
+        if isinstance(aligned, Tensor):
+            M = torch.autograd.grad(aligned, list(leaves.values()))
+        grads = []
+        for part in parts:
+            x = part.clone().requires_grad_()
+            of_part = self._gradients(k, x, len(part) / count, create_graph=True)
+            with torch.enable_grad():
+                pairs = zip(M, of_part.values(), strict=True)
+                along = sum((M_p * G).sum() for M_p, G in pairs)
+            grads.append(_gradient(along, x))
+        return terms, aligned, torch.cat(grads)
 
     def _layer_similarity(self, k: int, x: Tensor) -> Tensor:
         key = (tuple(x.shape), x.dtype, x.device)
@@ -193,6 +225,16 @@ class _Task:
             self.names.append(name)
             self.directions.append(direction / norm.clamp_min(EPS))
 
+    def align(self, gradients: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | int]:
+        """Cosines by name, and the sum of 1 - cosine."""
+        with torch.enable_grad():
+            terms = {
+                name: _gradient_cosine(gradients[name], direction)
+                for name, direction in zip(self.names, self.directions, strict=True)
+                if name in gradients
+            }
+            return terms, sum(1 - cosine for cosine in terms.values())
+
 
 class AutogradAdaptation:
     """First-order problem of adaptation: fit one layer to K fine-tuned ones on their anchors.
@@ -206,6 +248,8 @@ class AutogradAdaptation:
         pretrained: the layer at theta_0. Layers in less than float32 are copied to it.
         tasks: (anchors [n_k, (T,) d], fine-tuned layer) per task; n_k may differ.
         distance: "cosine", "l2" or "l1".
+        part: anchors whose graph exists at once; None for a whole batch. The same numbers to
+            rounding.
 
     Attributes:
         parameter_names: in the order of ``named_parameters()``.
@@ -221,7 +265,10 @@ class AutogradAdaptation:
         tasks: Sequence[tuple[Tensor, nn.Module]],
         *,
         distance: str = "cosine",
+        part: int | None = None,
     ) -> None:
+        check_part(part)
+        self._part = part
         self._distance = _choose(_DISTANCE, distance)
         check_same_parameters(pretrained, [layer for _, layer in tasks])
         check_same_anchor_shapes([anchors for anchors, _ in tasks])
@@ -234,27 +281,40 @@ class AutogradAdaptation:
         self.gradients = {name: torch.zeros_like(p) for name, p in self._base.items()}
         self._anchors = torch.cat([anchors for anchors, _ in tasks])
         with torch.no_grad():
-            self._targets = torch.cat([call_layer(layer, anchors) for anchors, layer in tasks])
+            self._targets = torch.cat(
+                [call_layer(layer, x) for anchors, layer in tasks for x in self._split(anchors)]
+            )
         self.size = self._anchors.shape[0]
+
+    def _split(self, anchors: Tensor) -> tuple[Tensor, ...]:
+        return anchors.split(self._part or max(1, len(anchors)))
 
     def refresh(self) -> None:
         """Nothing here depends on the deltas between evaluations."""
 
     def evaluate(self, index: Tensor) -> Tensor:
         """Loss (scalar, no host sync) of the anchors ``index`` [B]; fills ``gradients``."""
+        parameters = {
+            name: (base + self.deltas[name]).requires_grad_() for name, base in self._base.items()
+        }
+        first, *others = self._split(index)
+        loss = self._evaluate_part(first, parameters, add=False)
+        for part in others:
+            loss = loss + self._evaluate_part(part, parameters, add=True)
+        return loss
+
+    def _evaluate_part(self, index: Tensor, parameters: dict[str, Tensor], *, add: bool) -> Tensor:
         with torch.enable_grad():
-            parameters = {
-                name: (base + self.deltas[name]).requires_grad_()
-                for name, base in self._base.items()
-            }
             y = call_layer(self._layer, self._anchors[index], parameters)
             loss = self._distance(y.flatten(1), self._targets[index].flatten(1))
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for name, gradient in zip(self.parameter_names, gradients, strict=True):
-            if gradient is None:
-                self.gradients[name].zero_()
-            else:
+            if add and gradient is not None:
+                self.gradients[name].add_(gradient)
+            elif gradient is not None:
                 self.gradients[name].copy_(gradient)
+            elif not add:
+                self.gradients[name].zero_()
         return loss.detach()
 
 
@@ -307,6 +367,14 @@ def check_same_anchor_shapes(anchors: Sequence[Tensor]) -> None:
                 expected=f"[n, {', '.join(str(size) for size in anchors[0].shape[1:])}]",
                 got=list(x.shape),
             )
+
+
+def _gradient(value: Tensor | int, at: Tensor) -> Tensor:
+    """The gradient of a scalar, zero where it does not depend on ``at``."""
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return torch.zeros_like(at)
+    (found,) = torch.autograd.grad(value, at, allow_unused=True)
+    return torch.zeros_like(at) if found is None else found
 
 
 def _gradient_cosine(gradient: Tensor, direction: Tensor) -> Tensor:

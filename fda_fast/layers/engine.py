@@ -43,9 +43,15 @@ class AdaptationProblem(Protocol):
     """Fitting one layer to the anchors of all tasks."""
 
     parameter_names: list[str]
-    deltas: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor]
     size: int
+
+    @property
+    def deltas(self) -> Mapping[str, Tensor]:
+        """theta - theta_0 by parameter name; the optimiser writes into them."""
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Those of the last evaluation, by parameter name."""
 
     def refresh(self) -> None:
         """Take note that the optimiser changed ``deltas``."""
@@ -62,12 +68,14 @@ def bind(
     distance: str = "cosine",
     engine: str = "auto",
     precision: str = "auto",
+    part: int | None = None,
 ) -> Problem:
     """The alignment problem of K fine-tuned layers, for anchors of ``shape`` [n, (T,) d].
 
     "auto" takes the four-sweep program if the layer is recognised and its program, run once on a
     little random input, agrees with the layer; else the autograd engine, with one log line saying
-    why. "program" raises where "auto" falls back.
+    why. "program" raises where "auto" falls back. ``part`` anchors of a task are held at once, None
+    for all.
 
     Raises:
         InputError: unknown engine, precision or distance; layers whose parameters differ; engine
@@ -85,12 +93,14 @@ def bind(
                 precision=Precision(precision, device_of(pretrained)),
                 dtype=dtype_of(pretrained),
             )
-            problem = ProgramProblem(recipe.build(materials), materials, distance=distance)
+            problem = ProgramProblem(
+                recipe.build(materials), materials, distance=distance, part=part
+            )
             verify(problem, materials, pretrained, finetuned, shape, distance)
             return problem
         except (NotRecognised, Mismatch) as reason:
             fall_back(engine, pretrained, reason)
-    return AutogradProblem(pretrained, finetuned, distance=distance)
+    return AutogradProblem(pretrained, finetuned, distance=distance, part=part)
 
 
 def bind_adaptation(
@@ -100,6 +110,7 @@ def bind_adaptation(
     distance: str = "cosine",
     engine: str = "auto",
     precision: str = "auto",
+    part: int | None = None,
 ) -> AdaptationProblem:
     """The adaptation problem of one layer over (anchors [n, (T,) d], fine-tuned layer) of tasks.
 
@@ -131,10 +142,11 @@ def bind_adaptation(
                 distance=distance,
                 precision=Precision(precision, device_of(pretrained)),
                 dtype=dtype_of(pretrained),
+                part=part,
             )
         except (NotRecognised, Mismatch) as reason:
             fall_back(engine, pretrained, reason)
-    return AutogradAdaptation(pretrained, tasks, distance=distance)
+    return AutogradAdaptation(pretrained, tasks, distance=distance, part=part)
 
 
 def find_recipe(pretrained: nn.Module, finetuned: Sequence[nn.Module], sequences: bool) -> Recipe:

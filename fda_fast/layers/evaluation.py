@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fda_fast.errors import InputError
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -21,3 +23,15 @@ class Evaluation:
     loss: Tensor
     grad: Tensor
     cosines: Tensor
+
+
+def check_part(part: int | None, objective: object = None) -> None:
+    """Refuse a number of anchors that cannot be a part.
+
+    Raises:
+        InputError: below one, or given with an objective.
+    """
+    if part is not None and (part < 1 or objective is not None):
+        raise InputError(
+            "part", expected="at least 1 anchor, and a similarity, not an objective", got=part
+        )

@@ -14,7 +14,7 @@ The folded task vector T' = T diag(gamma_f) + W diag(t_gamma) is formed without 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,24 @@ from fda_fast.layers.program import Node
 from fda_fast.ops import alignment, memory, norm
 
 
+class _Sums(NamedTuple):
+    """What the alignment needs of all rows."""
+
+    R: list[Tensor]  # [K, o_s, i] of every segment
+    G_c: Tensor  # [K, 1, o]
+
+
+class _Direction(NamedTuple):
+    """M' and the constant row of the tangent."""
+
+    M: Tensor  # operand [K, o, i]
+    row: Tensor  # [K, o]
+
+
 class NormLinear(Linear):
     """``Sequential([norm, linear])`` at the input of a program; construction only."""
 
     _input: Any  # [K, R, i], the anchors
-    _M: Any  # [K, o, i], M'
     _t_plain: Any  # [K, o] or None, the biases' own task vectors
 
     def __init__(self, first: Norm, linear: Linear) -> None:
@@ -64,7 +77,7 @@ class NormLinear(Linear):
     def release(self) -> None:
         """See ``Node.release``."""
         super().release()
-        self._input = self._M = None
+        self._input = None
         self._G_s: list[Tensor] = []
 
     def forward(self, x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -83,22 +96,29 @@ class NormLinear(Linear):
         self._G_c = g.sum(1, keepdim=True)
         return None
 
-    def dots(self) -> Tensor:
+    def gather(self, total: Any) -> Any:
+        """See ``Node.gather``."""
+        parts = self._g_op.split(self.widths, dim=2)
+        before = [None] * len(parts) if total is None else total.R
+        R = [self._batched(g.mT, self._x_op, R_s) for g, R_s in zip(parts, before, strict=True)]
+        return _Sums(R, self._G_c if total is None else total.G_c + self._G_c)
+
+    def dots(self, total: Any = None) -> Tensor:
         """See ``Node.dots``."""
+        R_s, self._G_c = self.gather(None) if total is None else total
         width = self._W_plain.shape[1]
         g_b = self._G_c.squeeze(1)  # [K, o]
         self._G_gamma = self._G_c.new_zeros((g_b.shape[0], width))
         self._G_beta = g_b @ self._W_plain
         found = []
         parts = zip(
-            self._g_op.split(self.widths, dim=2),
+            R_s,
             self._W_plain.split(self.widths),
             g_b.split(self.widths, dim=1),
             self._T_s,
             strict=True,
         )
-        for g, W, g_s, T in parts:
-            R = self._batched(g.mT, self._x_op)
+        for R, W, g_s, T in parts:
             product = torch.mul(R, W, out=memory.empty(R.shape, R))
             self._G_gamma += product.sum(1)
             G = R.mul_(self._gamma).addcmul_(g_s.unsqueeze(2), self._beta)
@@ -123,7 +143,6 @@ class NormLinear(Linear):
     def set_coefficients(self, coefficients: Tensor) -> None:
         """See ``Node.set_coefficients``."""
         count = len(self.norm.parameters())
-        self._coefficients = coefficients[:, :, count:]
         moved = iter(
             [
                 alpha.unsqueeze(1) * T + beta.unsqueeze(1) * G
@@ -135,13 +154,16 @@ class NormLinear(Linear):
         zero = self._G_beta.new_zeros(())
         m_gamma = zero if self.norm.weight is None else next(moved)
         m_beta = zero if self.norm.bias is None else next(moved)
-        self._form_tangent(m_gamma.expand(self._G_beta.shape), m_beta.expand(self._G_beta.shape))
+        shape = self._G_beta.shape
+        self.direction = self._form_direction(
+            coefficients[:, :, count:], m_gamma.expand(shape), m_beta.expand(shape)
+        )
 
-    def _form_tangent(self, m_gamma: Tensor, m_beta: Tensor) -> None:
+    def _form_direction(self, coefficients: Tensor, m_gamma: Tensor, m_beta: Tensor) -> _Direction:
         """M' [K, o, i] and the constant row M_c + W m_beta + M_W beta [K, o]."""
         tasks, width = m_gamma.shape
         M = memory.empty((tasks, sum(self.widths), width), self._like)
-        alphas, betas = self._coefficients[:, :, : len(self.weights)]
+        alphas, betas = coefficients[:, :, : len(self.weights)]
         rows = []
         for s, part in enumerate(M.split(self.widths, dim=1)):
             M_W = alignment.mix(
@@ -151,17 +173,18 @@ class NormLinear(Linear):
             torch.mul(M_W, self._gamma, out=part)
         self._G_s = []
         M.addcmul_(self._W_plain, m_gamma.unsqueeze(1))
-        self._M = self.precision.operand(M)
-        self._row = torch.cat(rows, dim=1) + m_beta @ self._W_plain.t()
+        row = torch.cat(rows, dim=1) + m_beta @ self._W_plain.t()
         if self._present:
-            self._row += self._bias_tangent(self._t_plain)
+            row += self._bias_tangent(coefficients[:, :, len(self.weights) :], self._t_plain)
+        return _Direction(self.precision.operand(M), row)
 
     def tangent(self, t: Tensor | None) -> Tensor | None:
         """See ``Node.tangent``."""
         assert t is None, "a folded norm is the first operation of a program"
         out = memory.empty((*self._x_op.shape[:2], self._W.shape[0]), self._like)
-        out.copy_(self._row.unsqueeze(1))
-        self._batched(self._x_op, self._M.mT, out)
+        M, row = self.direction
+        out.copy_(row.unsqueeze(1))
+        self._batched(self._x_op, M.mT, out)
         self._x_op = None
         return out
 
@@ -171,7 +194,7 @@ class NormLinear(Linear):
         operand = self.precision.operand
         S_xh = self._shared(operand(S), self._W)
         self._batched(operand(b), self._T, S_xh)
-        self._batched(self._g_op, self._M, S_xh)
+        self._batched(self._g_op, self.direction.M, S_xh)
         x = self._input
         self.release()
         return norm.reverse(

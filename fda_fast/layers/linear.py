@@ -17,13 +17,14 @@ G enters only through x G^T and g G, and there are two ways to compute those for
     Gram      (x x^T) g and (g g^T) x, through [R, R]        2 R^2 (i + o),
               |G|^2 = <x x^T, g g^T>
 
-The one with fewer multiplications is taken; both give the same numbers.
+The one with fewer multiplications is taken; both give the same numbers. Where rows come in parts,
+only the direct form adds up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,23 @@ from fda_fast.ops import alignment, memory
 _GRAM_MARGIN = 0.8
 # Thin products run at a lower rate than square ones: factors have to win by this factor.
 _FACTORED = 2
+
+
+class _Sums(NamedTuple):
+    """What the alignment needs of all rows."""
+
+    along: Tensor  # [1, K, S], <G_s, T_s>
+    G: Tensor  # [K, o, i]
+    G_c: Any  # [K, 1, o] or None
+
+
+class _Direction(NamedTuple):
+    """M, never formed: alpha T + beta G of every segment."""
+
+    alpha: Tensor  # [K, S]
+    beta: Tensor  # [K, S]
+    G: Any  # operand [K, o, i], beta G; None in Gram form
+    row: Any  # [K, o], M_c, or None
 
 
 class Linear(Node):
@@ -65,11 +83,10 @@ class Linear(Node):
     _g: Any  # [K, R, o]
     _g_op: Any
     _xT: Any  # [K, R, o], x T^T
-    _G: Any  # [K, o, i], beta G once beta is known; None in Gram form
+    _G: Any  # [K, o, i], until ``direction`` has it; None in Gram form
     _XX: Any  # [K, R, R], x x^T; Gram form only
     _GG: Any  # Gram form only: g_s g_s^T [K, R, R] of each segment, then their sum with beta_s
     _G_c: Any  # [K, 1, o]
-    _coefficients: Any  # [2, K, P]
 
     def __init__(
         self,
@@ -156,8 +173,7 @@ class Linear(Node):
     def release(self) -> None:
         """See ``Node.release``."""
         self._x = self._dx = self._g = self._xT = self._XX = self._GG = None
-        self._x_op = self._g_op = self._G = self._G_c = None
-        self._coefficients = None
+        self._x_op = self._g_op = self._G = self._G_c = self.direction = None
 
     def _shared(self, a: Tensor, W: Tensor, out: Tensor | None = None) -> Tensor:
         """a [K, R, .] times a matrix that all tasks share; added to ``out`` if given."""
@@ -238,10 +254,25 @@ class Linear(Node):
         o, i = self._W.shape
         return gram_is_cheaper(rows, i, o) if self.form == "auto" else self.form == "gram"
 
-    def dots(self) -> Tensor:
+    def _along(self) -> Tensor:
+        """<G_s, T_s> of the rows at hand, [1, K, S]."""
+        return alignment.dots(self._g, self._xT, self._xT, self.widths)[:1]
+
+    def gather(self, total: _Sums | None) -> _Sums:
+        """See ``Node.gather``."""
+        along, G_c = self._along(), self._G_c
+        if total is None:
+            return _Sums(along, self._batched(self._g_op.mT, self._x_op), G_c)
+        G = self._batched(self._g_op.mT, self._x_op, total.G)
+        return _Sums(total.along + along, G, None if G_c is None else total.G_c + G_c)
+
+    def dots(self, total: _Sums | None = None) -> Tensor:
         """See ``Node.dots``."""
-        along = alignment.dots(self._g, self._xT, self._xT, self.widths)[:1]
-        squares = self._gram_squares() if self._use_gram(self._g.shape[1]) else self._squares()
+        if total is None and self._use_gram(self._g.shape[1]):
+            along, squares = self._along(), self._gram_squares()
+        else:
+            along, self._G, self._G_c = self.gather(None) if total is None else total
+            squares = self._squares()
         found = [torch.cat([along, torch.cat(squares, dim=2)])]
         if self._present:
             of_bias = alignment.dots(self._G_c, self._t_c.unsqueeze(1), self._G_c, self.widths)
@@ -252,7 +283,6 @@ class Linear(Node):
 
     def _squares(self) -> list[Tensor]:
         """|G_s|^2, [1, K, 1] each, from G itself."""
-        self._G = self._batched(self._g_op.mT, self._x_op)
         parts = [part.contiguous() for part in self._G.split(self.widths, dim=1)]
         return [alignment.dots(part, part, part, [part.shape[2]])[:1] for part in parts]
 
@@ -266,23 +296,27 @@ class Linear(Node):
 
     def set_coefficients(self, coefficients: Tensor) -> None:
         """See ``Node.set_coefficients``; G, or g_s g_s^T, is multiplied by beta here."""
-        self._coefficients = coefficients
-        beta = coefficients[1, :, : len(self.weights), None, None]  # [K, S, 1, 1]
-        if self._G is not None:
-            for s, part in enumerate(self._G.split(self.widths, dim=1)):
-                part.mul_(beta[:, s])
-            self._G = self.precision.operand(self._G)
-            return
-        total, *others = self._GG
-        total.mul_(beta[:, 0])
-        for s, GG in enumerate(others, start=1):
-            total.addcmul_(GG, beta[:, s])
-        self._GG = self.precision.operand(total)
+        alpha, beta = coefficients[:, :, : len(self.weights)]
+        G, self._G = self._G, None
+        if G is not None:
+            for s, part in enumerate(G.split(self.widths, dim=1)):
+                part.mul_(beta[:, s, None, None])
+            G = self.precision.operand(G)
+        else:
+            first, *others = self._GG
+            first.mul_(beta[:, 0, None, None])
+            for s, GG in enumerate(others, start=1):
+                first.addcmul_(GG, beta[:, s, None, None])
+            self._GG = self.precision.operand(first)
+        row = None
+        if self._present:
+            row = self._bias_tangent(coefficients[:, :, len(self.weights) :], self._t_c)
+        self.direction = _Direction(alpha, beta, G, row)
 
-    def _bias_tangent(self, t_c: Tensor) -> Tensor:
-        """M_c [K, o] from the biases' task vectors [K, o]; zero where a segment has no bias."""
-        found = iter(self._coefficients[:, :, len(self.weights) :].unbind(2))
-        zero = self._coefficients.new_zeros(self._coefficients.shape[:2])
+    def _bias_tangent(self, coefficients: Tensor, t_c: Tensor) -> Tensor:
+        """M_c [K, o] of the biases' coefficients and task vectors [K, o]; zero without a bias."""
+        found = iter(coefficients.unbind(2))
+        zero = coefficients.new_zeros(coefficients.shape[:2])
         columns = [zero if bias is None else next(found) for bias in self.biases]
         alpha, beta = torch.stack(columns, dim=2)
         return alignment.mix(alpha, t_c.unsqueeze(1), beta, self._G_c, self.widths).squeeze(1)
@@ -290,13 +324,12 @@ class Linear(Node):
     def tangent(self, t: Tensor | None) -> Tensor | None:
         """See ``Node.tangent``."""
         operand = self.precision.operand
-        alpha, beta = self._coefficients[:, :, : len(self.weights)]
-        row = self._bias_tangent(self._t_c) if self._present else None
+        alpha, beta, G, row = self.direction
         zero = torch.zeros_like(alpha)
         out = alignment.mix(alpha, self._xT, zero, self._xT, self.widths, row)
         self._xT = None
-        if self._G is not None:
-            self._batched(self._x_op, self._G.mT, out)
+        if G is not None:
+            self._batched(self._x_op, G.mT, out)
             self._x_op = None
         else:
             g_op = self._g_op
@@ -313,10 +346,10 @@ class Linear(Node):
     def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
         """See ``Node.reverse``."""
         operand = self.precision.operand
-        alpha = self._coefficients[0, :, : len(self.weights)]
+        alpha, _, G, _ = self.direction
         S_x = self._shared(operand(S), self._W)
-        if self._G is not None:
-            self._batched(self._g_op, self._G, S_x)
+        if G is not None:
+            self._batched(self._g_op, G, S_x)
         else:
             self._batched(self._GG, self._x_op, S_x)
         merged = alignment.mix(torch.ones_like(alpha), b, alpha, self._g, self.widths)
@@ -333,11 +366,14 @@ class Linear(Node):
         for weight, part in zip(self.weights, parts, strict=True):
             # In the layout of the module, whose transpose a Conv1D stores.
             a, b_s = (x_f.t(), part) if weight.transposed else (part.t(), x_f)
-            self.precision.matmul(a, b_s, weight.grad)
+            if weight.adds:
+                self.precision.accumulate(weight.grad, a, b_s)
+            else:
+                self.precision.matmul(a, b_s, weight.grad)
         if self._present:
             for bias, part in zip(self.biases, b.sum((0, 1)).split(self.widths), strict=True):
                 if bias is not None:
-                    bias.grad.copy_(part)
+                    bias.receive(part)
         self.release()
         return self._batched(b_op, self._tuned_weight()) if need_input else None
 

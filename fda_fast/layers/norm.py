@@ -28,8 +28,7 @@ class _Elementwise(Node):
     _t: Any
     _Gw: Any
     _Gb: Any
-    _mw: Any
-    _mb: Any
+    direction: Any  # (M of the weight, of the bias), each [K, d] or None
 
     def __init__(self, weight: Parameter | None, bias: Parameter | None) -> None:
         self.weight, self.bias = weight, bias
@@ -50,10 +49,20 @@ class _Elementwise(Node):
     def release(self) -> None:
         """See ``Node.release``."""
         self._x = self._dx = self._g = self._t = None
-        self._Gw = self._Gb = self._mw = self._mb = None
+        self._Gw = self._Gb = self.direction = None
 
-    def dots(self) -> Tensor:
+    def gather(self, total: tuple[Any, Any] | None) -> tuple[Any, Any]:
+        """See ``Node.gather``."""
+        if total is None:
+            return self._Gw, self._Gb
+        pairs = zip(total, (self._Gw, self._Gb), strict=True)
+        first, second = (None if G is None else before + G for before, G in pairs)
+        return first, second
+
+    def dots(self, total: tuple[Any, Any] | None = None) -> Tensor:
         """See ``Node.dots``."""
+        if total is not None:
+            self._Gw, self._Gb = total
         found = [
             alignment.dots(G.unsqueeze(1), T.unsqueeze(1), G.unsqueeze(1), [G.shape[1]])
             for G, T in ((self._Gw, self._tw), (self._Gb, self._tb))
@@ -64,11 +73,10 @@ class _Elementwise(Node):
     def set_coefficients(self, coefficients: Tensor) -> None:
         """See ``Node.set_coefficients``."""
         found = iter(coefficients.unbind(2))
-        moved = [
+        self.direction = tuple(
             None if G is None else _mix(next(found), T, G)
             for G, T in ((self._Gw, self._tw), (self._Gb, self._tb))
-        ]
-        self._mw, self._mb = moved
+        )
         self._Gw = self._Gb = None
 
 
@@ -76,11 +84,6 @@ def _mix(coefficients: Tensor, T: Tensor, G: Tensor) -> Tensor:
     """M [K, d] from alpha, beta [2, K]."""
     alpha, beta = coefficients.unsqueeze(2)
     return torch.addcmul(alpha * T, beta, G)
-
-
-def _fill_grad(parameter: Parameter | None, grad: Tensor) -> None:
-    assert parameter is not None and parameter.grad is not None
-    parameter.grad.copy_(grad)
 
 
 class Norm(_Elementwise):
@@ -118,11 +121,12 @@ class Norm(_Elementwise):
     def tangent(self, t: Tensor | None) -> Tensor | None:
         """See ``Node.tangent``."""
         self._t = t
-        return norm.tangent(self.kind, self._x, t, self._w, self._mw, self._mb, self.eps)
+        mw, mb = self.direction
+        return norm.tangent(self.kind, self._x, t, self._w, mw, mb, self.eps)
 
     def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
         """See ``Node.reverse``."""
-        x, dx, g, t, mw = self._x, self._dx, self._g, self._t, self._mw
+        x, dx, g, t, (mw, _) = self._x, self._dx, self._g, self._t, self.direction
         self.release()
         return norm.reverse(self.kind, x, dx, g, t, S, b, self._w, self._tw, mw, self.eps, need_b)
 
@@ -141,10 +145,9 @@ class Norm(_Elementwise):
             weighted,
             biased,
         )
-        if grad_w is not None:
-            _fill_grad(self.weight, grad_w.sum(0))
-        if grad_b is not None:
-            _fill_grad(self.bias, grad_b.sum(0))
+        for parameter, grad in ((self.weight, grad_w), (self.bias, grad_b)):
+            if parameter is not None and grad is not None:
+                parameter.receive(grad.sum(0))
         self.release()
         return b_x
 
@@ -173,14 +176,15 @@ class LayerScale(_Elementwise):
 
     def tangent(self, t: Tensor | None) -> Tensor | None:
         """See ``Node.tangent``."""
-        out = torch.mul(self._x, self._mw.unsqueeze(1), out=memory.empty(self._x.shape, self._x))
+        mw = self.direction[0].unsqueeze(1)
+        out = torch.mul(self._x, mw, out=memory.empty(self._x.shape, self._x))
         return out if t is None else out.addcmul_(t, self._w)
 
     def reverse(self, S: Tensor, b: Tensor, need_b: bool) -> tuple[Tensor, Tensor | None]:
         """See ``Node.reverse``."""
-        tw = self._tw.unsqueeze(1)
+        tw, mw = self._tw.unsqueeze(1), self.direction[0].unsqueeze(1)
         S_x = torch.mul(S, self._w, out=memory.empty(S.shape, S))
-        S_x.addcmul_(b, tw).addcmul_(self._g, self._mw.unsqueeze(1))
+        S_x.addcmul_(b, tw).addcmul_(self._g, mw)
         self.release()
         b_x = torch.mul(b, self._w + tw, out=memory.empty(b.shape, b)) if need_b else None
         return S_x, b_x
@@ -188,7 +192,8 @@ class LayerScale(_Elementwise):
     def adjoint(self, b: Tensor, need_input: bool) -> Tensor | None:
         """See ``Node.adjoint``."""
         x_f = self._x if self._dx is None else self._x + self._dx
-        _fill_grad(self.weight, (b * x_f).sum((0, 1)))
+        assert self.weight is not None
+        self.weight.receive((b * x_f).sum((0, 1)))
         self.release()
         w_f = self._w if self._tw is None else self._w + self._tw.unsqueeze(1)
         return torch.mul(b, w_f, out=memory.empty(b.shape, b)) if need_input else None

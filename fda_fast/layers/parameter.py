@@ -75,6 +75,7 @@ class Parameter:
         # Of an adaptation only, both in the module's layout.
         self.master: Any = None
         self.grad: Any = None
+        self.adds = False  # whether gradients are added to ``grad``, for a batch in parts
         if finetuned is None:
             self._pretrained = self._pretrained.to(self.device, dtype)
             self.master = torch.zeros_like(self._pretrained, memory_format=torch.contiguous_format)
@@ -148,6 +149,13 @@ class Parameter:
     def grad_view(self) -> Tensor:
         """``grad`` in the node's layout [*shape], for ``Node.adjoint`` to write into."""
         return self._laid_out(self.grad)
+
+    def receive(self, grad: Tensor) -> None:
+        """Take a gradient in the module's layout into ``grad``."""
+        if self.adds:
+            self.grad.add_(grad)
+        else:
+            self.grad.copy_(grad)
 
     def square(self) -> Tensor:
         """|T|^2 of each task, [K], summed in float64 and given in the program's dtype."""

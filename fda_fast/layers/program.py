@@ -40,6 +40,11 @@ Values are contiguous tensors [K, R, d]: K tasks, R = n * T rows (n anchors of T
 d, in the dtype of the program (float32, or float64 for a program that is to be tested).
 ``None`` stands for a value that is exactly zero where the methods say so.
 
+Anchors meet only in the sums over rows that G_p are. So the rows may come in parts, of which the
+nodes hold one at a time: ``forward`` and ``backward`` of every part, ``gather`` adding up the G,
+then ``dots`` and ``set_coefficients`` once, and for every part ``forward`` and ``backward`` again,
+with ``direction`` handed back, before its ``tangent`` and ``reverse``.
+
 Fan-out is expressed by packing: q, k and v (or gate and up), which share an input, are one
 ``Linear`` with several segments along the output, consumed by ``Attention`` (or by
 ``GatedActivation``).
@@ -48,7 +53,7 @@ Fan-out is expressed by packing: q, k and v (or gate and up), which share an inp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -65,7 +70,13 @@ class Node:
     into one it has returned: the neighbours keep references to them.
 
     Everything runs without autograd and without host synchronisation.
+
+    Attributes:
+        direction: M in the form that ``tangent`` and ``reverse`` take it, from ``set_coefficients``
+            on; it may be put back for further rows. The node does not write into it.
     """
+
+    direction: Any = None
 
     def forward(self, x: Tensor, dx: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Pretrained output y [K, R, d_out] and the difference dy of the fine-tuned one.
@@ -94,19 +105,33 @@ class Node:
         """The parameters of this operation, in a fixed order; none by default."""
         return []
 
-    def dots(self) -> Tensor:
-        """[2, K, P]: <G_p, T_p> and |G_p|^2 of ``parameters()``; called after ``backward``."""
+    def gather(self, total: Any) -> Any:
+        """The G of the last ``backward`` added to those of earlier parts, None at first.
+
+        The sums are the node's own, for ``dots``; ``total`` may be overwritten.
+        """
+        raise NotImplementedError
+
+    def dots(self, total: Any = None) -> Tensor:
+        """[2, K, P]: <G_p, T_p> and |G_p|^2 of ``parameters()``.
+
+        Of the rows of the last ``backward``, or of all that ``gather`` put into ``total``, which is
+        used up.
+        """
         raise NotImplementedError
 
     def set_coefficients(self, coefficients: Tensor) -> None:
-        """Take [2, K, P]: alpha and beta of M_p = alpha T_p + beta G_p, for ``parameters()``."""
+        """Take [2, K, P]: alpha and beta of M_p = alpha T_p + beta G_p, for ``parameters()``.
+
+        Sets ``direction``.
+        """
         raise NotImplementedError
 
     def refresh(self) -> None:
         """Re-read the parameters' differences after the optimiser of an adaptation changed them."""
 
     def release(self) -> None:
-        """Drop everything kept between sweeps."""
+        """Drop everything kept between sweeps, ``direction`` included."""
 
     def leaves(self) -> Iterator[Node]:
         """The operations in order of execution; combinators yield those inside."""

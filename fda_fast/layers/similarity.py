@@ -10,7 +10,7 @@ from fda_fast.ops import similarity
 
 
 class Similarity:
-    """s(X) of the two branches' outputs, scaled by the number of anchors.
+    """s(X) of the two branches' outputs, scaled by the number of anchors: what parts add up.
 
     Args:
         kind: "cosine", "l2" or "l1".
