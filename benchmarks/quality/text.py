@@ -78,7 +78,7 @@ class TextSuite(Suite):
         wudi_rates=(1e-5,),
         distances=("l2",),
         weights=((5e-5, 2e-4, 1e-3), (20, 100)),
-        coefficients=((1e-2,), (5, 20)),
+        coefficients=((1e-2,), (20, 100)),
         published=published("roberta-base"),
     )
 

@@ -59,7 +59,7 @@ class VisionSuite(Suite):
         wudi_rates=(1e-5, 1e-4),
         distances=("cosine",),
         weights=((1e-5, 1e-4), (5, 25)),
-        coefficients=((1e-2,), (5, 25)),
+        coefficients=((1e-2,), (25, 100)),
         published=published("vit-b-32"),
     )
 
