@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _WEIGHTS = (
 )
 _BESIDE = ("*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model", "LICENSE*", "NOTICE")
 _NESTED = ("1_Pooling/config.json",)
+_CONFIGURATION = ("config.json", "adapter_config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,18 @@ def look_up(reference: str) -> HubModel | None:
 def choose_files(names: Iterable[str]) -> list[str]:
     """Of a repository's files those that a merge reads: weights in one form, config, tokenizer."""
     top = [name for name in names if "/" not in name]
+    beside = [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in _BESIDE)]
+    return sorted({*weights_of(top), *beside, *(name for name in names if name in _NESTED)})
+
+
+def weights_of(names: Iterable[str]) -> list[str]:
+    """Of a repository's files those that hold its weights, in the form that is read."""
+    top = sorted(name for name in names if "/" not in name)
     for patterns in _WEIGHTS:
         weights = [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
         if weights:
-            break
-    beside = [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in _BESIDE)]
-    return sorted({*weights, *beside, *(name for name in names if name in _NESTED)})
+            return weights
+    return []
 
 
 def fetch(reference: str, what: str) -> Path | None:
@@ -140,25 +148,47 @@ def fetch(reference: str, what: str) -> Path | None:
         The folder; None if it is not cached and the Hub cannot be asked.
 
     Raises:
-        InputError: as ``look_up``; a model without weights; a disk too small.
+        InputError: as ``find``.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    found = find(reference, what)
+    if not isinstance(found, HubModel):
+        return found
+    # By the name that was given, which the cache then knows without a connection too.
+    revision = reference.partition("@")[2] or None
+    return Path(snapshot_download(found.name, revision=revision, allow_patterns=list(found.files)))
+
+
+def find(reference: str, what: str) -> Path | HubModel | None:
+    """Where ``org/name[@revision]`` is: whole in the cache, or on the Hub; nothing is downloaded.
+
+    Args:
+        reference: the Hub id.
+        what: what refers to it, for errors.
+
+    Returns:
+        The folder in the cache; or the model on the Hub, if anything of it is missing here; None
+        if it is not cached and the Hub cannot be asked.
+
+    Raises:
+        InputError: as ``look_up``; a model without weights; a disk too small for it.
+    """
+    from huggingface_hub import constants
 
     cached = cached_snapshot(reference)
-    if cached is not None and _COMMIT.fullmatch(reference.partition("@")[2]):
+    whole = cached is not None and _has_weights(cached)
+    if whole and _COMMIT.fullmatch(reference.partition("@")[2]):
         return cached
     found = look_up(reference)
     if found is None:
-        return cached
-    if not any(name.endswith((".safetensors", ".bin")) for name in found.files):
+        return cached if whole else None
+    if not weights_of(found.files):
         raise InputError(f"{what} {reference}", expected="weights on the Hub", got="none")
     there = cached_snapshot(f"{found.name}@{found.commit}")
-    missing = sum(
-        size for name, size in found.files.items() if there is None or not (there / name).exists()
-    )
+    missing = missing_bytes(found)
     cache_folder = Path(constants.HF_HUB_CACHE)
-    cache_folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache_folder).free
+    free = shutil.disk_usage(_existing(cache_folder)).free
     if missing > free:
         raise InputError(
             f"{what} {reference} does not fit the disk of the Hub's cache {cache_folder}",
@@ -168,9 +198,83 @@ def fetch(reference: str, what: str) -> Path | None:
         )
     if not missing and there is not None and there == cached:
         return there
-    # By the name that was given, which the cache then knows without a connection too.
-    revision = reference.partition("@")[2] or None
-    return Path(snapshot_download(found.name, revision=revision, allow_patterns=list(found.files)))
+    return found
+
+
+def missing_bytes(model: HubModel) -> int:
+    """Bytes of a model's files that are not in the cache."""
+    there = cached_snapshot(f"{model.name}@{model.commit}")
+    return sum(
+        size for name, size in model.files.items() if there is None or not (there / name).exists()
+    )
+
+
+def fetch_configuration(model: HubModel) -> Path:
+    """Download config.json, adapter_config.json and the index of shards, and nothing else.
+
+    Returns:
+        The folder in the cache.
+
+    Raises:
+        InputError: the connection breaks.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _connected(model.name):
+        folder = snapshot_download(
+            model.name, revision=model.commit, allow_patterns=list(_CONFIGURATION)
+        )
+    return Path(folder)
+
+
+def read_range(model: HubModel, file: str, start: int, count: int) -> bytes:
+    """``count`` bytes from ``start`` of a file on the Hub.
+
+    Raises:
+        InputError: the Hub refuses, the connection breaks, or other bytes come.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    # Compressed, a range would be of other bytes.
+    headers = build_hf_headers() | {
+        "Range": f"bytes={start}-{start + count - 1}",
+        "Accept-Encoding": "identity",
+    }
+    url = hf_hub_url(model.name, file, revision=model.commit)
+    with _connected(model.name):
+        response = get_session().get(url, headers=headers, timeout=20.0)
+        hf_raise_for_status(response)
+    if response.status_code != 206 or len(response.content) != count:
+        raise InputError(
+            f"{model.name}: {file} on the Hub",
+            expected=f"bytes {start} to {start + count}",
+            got=f"{len(response.content)} bytes, status {response.status_code}",
+        )
+    return bytes(response.content)
+
+
+@contextmanager
+def _connected(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        raise InputError(f"{name}: the Hub answers {str(error).splitlines()[0][:200]}") from None
+    except Exception as error:
+        if not is_connection_error(error):
+            raise
+        raise InputError(f"{name}: the connection to the Hub broke", got=str(error)[:200]) from None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a cached folder holds more than a configuration."""
+    return bool(weights_of(path.name for path in folder.iterdir()))
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def is_connection_error(error: BaseException) -> bool:

@@ -17,12 +17,14 @@ from fda_fast.checkpoints.align import ExpertView, match_expert
 from fda_fast.checkpoints.layout import LayerSpec, ModelLayout
 from fda_fast.checkpoints.openclip import published_preset
 from fda_fast.checkpoints.reader import Checkpoint
+from fda_fast.checkpoints.remote import RemoteCheckpoint
 from fda_fast.conditional import layer_positions
 from fda_fast.config import MergeConfig
 from fda_fast.errors import InputError
+from fda_fast.hub import fetch_configuration
 from fda_fast.ops import dispatch
 from fda_fast.presets import Scope
-from fda_fast.references import locate, look_up, split_reference
+from fda_fast.references import locate, look_up, remote, split_reference
 from fda_fast.settings import Settings, choose_preset, requested_scope, resolve, task_names
 from fda_fast.version import __version__
 
@@ -124,19 +126,20 @@ class Job:
             view.expert.close()
 
 
-def prepare(config: MergeConfig, device: str = "auto") -> Job:
+def prepare(config: MergeConfig, device: str = "auto", *, download: bool = True) -> Job:
     """Open and check everything, reading headers but no weights.
 
     Args:
         config: the merge.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
+        download: False leaves models of the Hub there and reads their headers: enough to plan.
 
     Raises:
         InputError: anything about the inputs that can be known without reading weights.
     """
     where = choose_device(device)
     look_up([config.base_model, *(entry.model for entry in config.models)])
-    base = Checkpoint.open(locate(config.base_model, "base_model"), role="base model")
+    base = _open(config.base_model, "base_model", "base model", download)
     if base.adapter is not None:
         raise InputError(
             f"base_model {config.base_model}",
@@ -149,7 +152,7 @@ def prepare(config: MergeConfig, device: str = "auto") -> Job:
     if not layout.layers:
         raise InputError(f"no layers found in the base model {config.base_model}")
     experts = {
-        name: _open_expert(base, layout, reference, name)
+        name: _open_expert(base, layout, reference, name, download)
         for name, reference in zip(names, references, strict=True)
     }
     return assemble(config, base, experts, layout, where)
@@ -244,11 +247,21 @@ def _backends() -> str:
     return f"{wanted} of {', '.join(sorted(found))}"
 
 
-def _open_expert(base: Checkpoint, layout: ModelLayout, reference: str, name: str) -> ExpertView:
+def _open(reference: str, what: str, role: str, download: bool) -> Checkpoint:
+    found = None if download else remote(reference, what)
+    if found is not None:
+        return RemoteCheckpoint(found, role)
+    return Checkpoint.open(locate(reference, what), role=role)
+
+
+def _open_expert(
+    base: Checkpoint, layout: ModelLayout, reference: str, name: str, download: bool
+) -> ExpertView:
     path, adapter = split_reference(reference)
     role = f"expert {name}"
     if adapter is not None:
-        under = locate(path, role)
+        elsewhere = None if download else remote(path, role)
+        under = locate(path, role) if elsewhere is None else fetch_configuration(elsewhere)
         if not os.path.samefile(under, base.path):
             raise InputError(
                 f"{role}: {reference}",
@@ -257,7 +270,7 @@ def _open_expert(base: Checkpoint, layout: ModelLayout, reference: str, name: st
                 fix="Merge the adapter into its model with peft and give the result.",
             )
         path = adapter
-    return match_expert(base, Checkpoint.open(locate(path, role), role=role), layout)
+    return match_expert(base, _open(path, role, role, download), layout)
 
 
 def tasks_per_batch(job: Job) -> int:

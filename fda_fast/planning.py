@@ -99,20 +99,24 @@ def plan_merge(
     Raises:
         InputError: anything wrong with the inputs, the output or the limits.
 
-    Cost: headers, a few tensors of every expert, and ``calibrate``.
+    Cost: headers, a few tensors of every expert, and ``calibrate``. Models of the Hub that are not
+    in its cache stay there: their headers are fetched, not their weights.
     """
     from fda_fast.checkpoints.identity import check_differs
     from fda_fast.checkpoints.outputs import check_output
+    from fda_fast.checkpoints.remote import RemoteCheckpoint, remote_notes
 
     begun = time.monotonic()
     where = resources or Resources()
     if output is not None:
         check_output(Path(output).absolute())
-    job = prepare(config, where.device)
+    job = prepare(config, where.device, download=False)
     if output is not None:
         check_room(job, Path(output).absolute(), "merge")
+    job.notes += remote_notes([job.base, *(view.expert for view in job.experts.values())])
     for view in job.experts.values():
-        check_differs(view, job.layout)
+        if not any(isinstance(one, RemoteCheckpoint) for one in (view.base, view.expert)):
+            check_differs(view, job.layout)
     limits = choose_limits(job, where.max_memory, where.max_gpu_memory)
     job.identity("merge")
     opening = time.monotonic() - begun

@@ -55,6 +55,18 @@ def look_up(references: Iterable[str]) -> None:
                 hub.look_up(part)
 
 
+def remote(reference: str, what: str) -> hub.HubModel | None:
+    """The model on the Hub that ``locate`` would have to download; None if it is here.
+
+    Raises:
+        InputError: as ``hub.find``.
+    """
+    if os.path.lexists(Path(reference).expanduser()) or not hub.is_hub_id(reference):
+        return None
+    found = hub.find(reference, what)
+    return found if isinstance(found, hub.HubModel) else None
+
+
 def locate(reference: str, what: str) -> Path:
     """The folder or file of a reference.
 

@@ -150,7 +150,17 @@ class Hub(BaseHTTPRequestHandler):
             return
         body = path.read_bytes()
         etag = hashlib.sha256(body).hexdigest()
-        self._send(body, 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit_of(folder)})
+        headers = {
+            "ETag": f'"{etag}"',
+            "X-Repo-Commit": commit_of(folder),
+            "Accept-Ranges": "bytes",
+        }
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            first, last = int(asked[1]), min(int(asked[2]), len(body) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+            self._send(body[first : last + 1], 206, headers)
+        else:
+            self._send(body, 200, headers)
 
     def _create(self, asked: dict[str, Any]) -> None:
         model = f"{asked.get('organization') or USER}/{asked['name']}"
@@ -205,7 +215,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         with open(self.root / "requests.log", "a") as log:
-            log.write(f"{self.command} {self.path}\n")
+            log.write(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip() + "\n")
 
 
 if __name__ == "__main__":

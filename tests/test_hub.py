@@ -7,15 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fda_fast
+from fda_fast import hub as hub_module
+from fda_fast.checkpoints.remote import RemoteFile
 from fda_fast.errors import InputError
 from fda_fast.hub import choose_files
 from fda_fast.publish import destination
@@ -82,6 +85,19 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
             server.stdout.close()
 
 
+def shard(folder: Path) -> None:
+    """Split a model of one file in two, with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = list(tensors), {}
+    for number, part in enumerate((names[:5], names[5:]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.fixture
 def stocked(hub: Hub, tiny) -> Hub:
     for source, name in {"base": "org/base", "movie": "org/movie", "lora": "org/lora"}.items():
@@ -136,6 +152,86 @@ def test_every_name_is_looked_up_before_anything_is_fetched(stocked: Hub, tmp_pa
     locate = "from fda_fast.references import locate; locate('org/movie', 'expert')"
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         assert "the Hub cannot be reached" in stocked.refusal(locate, **environment)
+
+
+PLAN = """
+import dataclasses, json, sys
+from pathlib import Path
+from fda_fast.calibrate import Speed
+from fda_fast.config import load
+from fda_fast.planning import plan_merge
+speed = Speed("", 0.02, 0.05, 1e-8, 1e-8, 1e-9, 0.0, 1e9, 5e8, True, 50.0)
+made = plan_merge(load(Path({!r}), {{"anchors": 4}}), speed=speed)
+print(json.dumps([[dataclasses.asdict(row) for row in made.rows], made.read_bytes,
+                  made.written_bytes, made.disk_bytes, list(made.job.experts), made.job.notes]))
+"""
+
+
+def plan(hub: Hub, config: str) -> list[Any]:
+    done = hub.command("-c", PLAN.format(config))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_plan_downloads_no_weights(stocked: Hub, tiny, tmp_path: Path) -> None:
+    shard(stocked.root / "org/movie")
+    models = config(tmp_path, "org/movie@v1", "org/base+org/lora")
+    *found, notes = plan(stocked, models)
+    fetched = [line for line in stocked.requests if "GET" in line and "/resolve/" in line]
+    whole = {line.rsplit("/", 1)[-1] for line in fetched if "bytes=" not in line}
+    assert whole == {"config.json", "adapter_config.json", "model.safetensors.index.json"}
+    ranges = [line.split()[1].rsplit("/", 1)[-1] for line in fetched if "bytes=" in line]
+    assert sorted(ranges) == [
+        "adapter_model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors",
+    ]
+    assert not list(stocked.home.rglob("*.safetensors"))
+    assert "a merge first downloads org/base, org/movie, org/lora:" in notes[-1]
+    experts = (str(tiny.folder / name) for name in ("movie", "lora"))
+    assert found == plan(stocked, config(tmp_path, *experts, base=str(tiny.base)))[:-1]
+
+    # A configuration in the cache is not a model in the cache.
+    with urllib.request.urlopen(f"{stocked.address}/api/models/org/base") as answer:
+        commit = json.load(answer)["sha"]
+    locate = "from fda_fast.references import locate; locate({!r}, 'expert')"
+    for reference in ("org/base", f"org/base@{commit}"):
+        said = stocked.refusal(locate.format(reference), HF_HUB_OFFLINE="1")
+        assert "not in the Hub's cache" in said
+    # What was downloaded is read where it lies.
+    assert stocked.command("-c", locate.format("org/base")).returncode == 0
+    before = len(stocked.requests)
+    models = config(tmp_path, "org/movie@v1", "org/base+org/lora")
+    assert "a merge first downloads org/movie, org/lora:" in plan(stocked, models)[-1][-1]
+    assert not [line for line in stocked.requests[before:] if "org/base/resolve" in line]
+
+
+@pytest.mark.slow
+def test_what_only_weights_can_tell(stocked: Hub, tiny, tmp_path: Path) -> None:
+    (stocked.root / "org/lora/adapter_model.safetensors").unlink()
+    (stocked.root / "org/lora/adapter_model.bin").write_bytes(b"pickled")
+    script = PLAN.format(config(tmp_path, "org/lora"))
+    said = stocked.refusal(script)
+    assert "adapter_model.bin, which only the whole download can tell" in said
+    assert "hf download org/lora" in said
+    movie = stocked.root / "org/movie/model.safetensors"
+    movie.write_bytes(b"\xff" * 64 + movie.read_bytes()[64:])
+    config(tmp_path, "org/movie")
+    assert "not an intact safetensors file" in stocked.refusal(script)
+
+
+def test_a_long_header_takes_a_second_request(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(hub_module, "read_range", lambda *a: asked.append(a[2:]) or bytes(a[3]))
+    model = hub_module.HubModel("org/x", "0" * 40, {"model.safetensors": 1 << 20})
+    file = RemoteFile(model, Path("model.safetensors"), "base model")
+    file.begin()
+    assert len(file.read_bytes(0, 8)) == 8 and len(file.read_bytes(8, 1000)) == 1000
+    assert asked == [(0, 128 << 10)]
+    assert len(file.read_bytes(8, 1 << 20)) == (1 << 20) - 8
+    assert asked[1:] == [(8, (1 << 20) - 8)]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,10 @@ def find(path: Path, role: str) -> Contents:
     kind = _kind(path, role)
     if kind == "file":
         return Contents((path,), None, None, None)
-    config = _read_config(path, role)
+    config = read_config(path, role)
     adapter = None
     if _present(path / ADAPTER_CONFIG, role):
-        adapter = _read_object(path, ADAPTER_CONFIG, role)
+        adapter = read_object(path, ADAPTER_CONFIG, role)
     found = [name for name in (*SINGLE, *INDEXED) if _present(path / name, role)]
     if adapter is not None:
         if found:
@@ -79,7 +80,7 @@ def find(path: Path, role: str) -> Contents:
         if single in found:
             return Contents((inside(path, single, role),), None, config, None, beside=path)
         if index in found:
-            weight_map = _read_index(path, index, role)
+            weight_map = read_index(path, index, role)
             files = tuple(dict.fromkeys(weight_map.values()))
             return Contents(files, weight_map, config, None, beside=path)
     if _present(path / SPLIT_INDEX, role):
@@ -152,8 +153,21 @@ def inside(directory: Path, name: Any, role: str) -> Path:
     return path
 
 
-def _read_index(directory: Path, name: str, role: str) -> dict[str, Path]:
-    index = _read_object(directory, name, role)
+def read_index(
+    directory: Path, name: str, role: str, *, there: Collection[str] | None = None
+) -> dict[str, Path]:
+    """Where the index of a sharded checkpoint says each tensor is.
+
+    Args:
+        directory: with the index.
+        name: of the index.
+        role: whose it is, for messages.
+        there: names of the shards, if they are somewhere else; None looks for them.
+
+    Raises:
+        InputError: no weight map, shards that are missing or outside the directory.
+    """
+    index = read_object(directory, name, role)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(
@@ -163,7 +177,9 @@ def _read_index(directory: Path, name: str, role: str) -> dict[str, Path]:
     missing = []
     for shard in dict.fromkeys(map(str, weight_map.values())):
         leads_out = os.path.isabs(shard) or ".." in Path(shard).parts
-        if not leads_out and not os.path.lexists(directory / shard):
+        if there is not None and shard in there:
+            shards[shard] = directory / shard
+        elif not leads_out and not os.path.lexists(directory / shard):
             missing.append(repr(shard)[:80])
         else:
             shards[shard] = inside(directory, shard, role)
@@ -179,7 +195,7 @@ def _read_index(directory: Path, name: str, role: str) -> dict[str, Path]:
 
 def _split(directory: Path, config: dict[str, Any] | None, role: str) -> Contents:
     """A folder with a pickled module per file, whose config.json is one folder above."""
-    index = _read_object(directory, SPLIT_INDEX, role)
+    index = read_object(directory, SPLIT_INDEX, role)
     modules: dict[Path, str] = {}
     for name, file in index.items():
         path = inside(directory, file, role)
@@ -194,14 +210,19 @@ def _split(directory: Path, config: dict[str, Any] | None, role: str) -> Content
         raise InputError(f"{directory / SPLIT_INDEX} of the {role}", expected="modules and files")
     if config is None:
         directory = directory.resolve().parent
-        config = _read_config(directory, role)
+        config = read_config(directory, role)
     return Contents(tuple(modules), None, config, None, modules, directory)
 
 
-def _read_config(directory: Path, role: str) -> dict[str, Any] | None:
+def read_config(directory: Path, role: str) -> dict[str, Any] | None:
+    """config.json, None where there is none.
+
+    Raises:
+        InputError: broken JSON, a quantised model.
+    """
     if not _present(directory / "config.json", role):
         return None
-    config = _read_object(directory, "config.json", role)
+    config = read_object(directory, "config.json", role)
     quantised = config.get("quantization_config") or config.get("compression_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -214,7 +235,12 @@ def _read_config(directory: Path, role: str) -> dict[str, Any] | None:
     return config
 
 
-def _read_object(directory: Path, name: str, role: str) -> dict[str, Any]:
+def read_object(directory: Path, name: str, role: str) -> dict[str, Any]:
+    """A JSON object of the directory.
+
+    Raises:
+        InputError: no such file, too large, not JSON, no object.
+    """
     file = TensorFile(inside(directory, name, role), role)
     if file.size > _MAX_JSON:
         raise InputError(f"{file.path} of the {role}", expected=f"at most {_MAX_JSON} bytes")
