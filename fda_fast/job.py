@@ -22,7 +22,7 @@ from fda_fast.conditional import layer_positions
 from fda_fast.config import MergeConfig
 from fda_fast.errors import InputError
 from fda_fast.hub import fetch_configuration
-from fda_fast.ops import dispatch
+from fda_fast.machine import backends
 from fda_fast.presets import Scope
 from fda_fast.references import locate, look_up, remote, split_reference
 from fda_fast.settings import Settings, choose_preset, requested_scope, resolve, task_names
@@ -115,7 +115,7 @@ class Job:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-            "backends": _backends(),
+            "backends": backends(),
             **(extra or {}),
         }
 
@@ -238,13 +238,6 @@ def _fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
     folder = checkpoint.directory
     beside = [folder / name for name in SIDE_FILES] if folder is not None else []
     return {path.name: fingerprint(path) for path in [*paths, *beside] if path.is_file()}
-
-
-def _backends() -> str:
-    """What can compute here: implementations agree to rounding, not to the last bit."""
-    found = [name for name, reason in dispatch.available().items() if not reason]
-    wanted = os.environ.get("FDA_FAST_BACKEND", "auto")
-    return f"{wanted} of {', '.join(sorted(found))}"
 
 
 def _open(reference: str, what: str, role: str, download: bool) -> Checkpoint:
