@@ -128,7 +128,8 @@ class AutogradProblem:
     def _evaluate_one(self, k: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         task = self._tasks[k]
         cosines = x.new_zeros(len(self.parameter_names))
-        loss = x.new_tensor(float(len(self.parameter_names)))
+        # new_full, not new_tensor: a copy from the host cannot be recorded in a CUDA graph.
+        loss = x.new_full((), float(len(self.parameter_names)))
         if not task.names:
             return loss, torch.zeros_like(x), cosines
         parts = x.split(self._part or len(x))
@@ -143,7 +144,7 @@ class AutogradProblem:
             if name in terms:
                 cosines[index] = terms[name].detach()
         constants = len(self.parameter_names) - len(terms)
-        aligned = aligned.detach() if isinstance(aligned, Tensor) else x.new_tensor(0.0)
+        aligned = aligned.detach() if isinstance(aligned, Tensor) else x.new_zeros(())
         return aligned + constants, grad, cosines
 
     def _gradients(

@@ -102,7 +102,7 @@ class Precision:
         product: Callable[..., Tensor] = torch.mm if a.dim() == 2 else torch.bmm
         if a.dtype != torch.bfloat16:
             return product(a, b, out=out)
-        if not _has_wide_products(self.device):
+        if not _widening(self.device)[0]:
             found = product(a, b).float()
             return found if out is None else out.copy_(found)
         if out is None:
@@ -117,22 +117,37 @@ class Precision:
         add: Callable[..., Tensor] = torch.addmm if a.dim() == 2 else torch.baddbmm
         if a.dtype != torch.bfloat16:
             return add(out, a, b, out=out)
-        if not _has_wide_products(self.device):
+        if not _widening(self.device)[1]:
             return out.add_(self.matmul(a, b))
         return add(out, a, b, out_dtype=torch.float32, out=out)
 
 
 @functools.cache
-def _has_wide_products(device: torch.device) -> bool:
-    """Whether this torch multiplies bfloat16 into float32 there (since 2.8, on CUDA)."""
+def _widening(device: torch.device) -> tuple[bool, bool]:
+    """Whether this torch multiplies bfloat16 into float32 there, and adds such products to it.
+
+    On CUDA the first works since torch 2.8 and the second since 2.10; before, a sum takes a pass
+    of its own, or, before 2.8, products are rounded to bfloat16.
+    """
     a = torch.ones((1, 16, 16), dtype=torch.bfloat16, device=device)
-    out = torch.ones((1, 16, 16), device=device)
+    out = torch.zeros((1, 16, 16), device=device)
+    flat = out[0]
     wide: dict[str, Any] = {"out_dtype": torch.float32}
-    try:
-        torch.mm(a[0], a[0], **wide, out=out[0])
-        torch.addmm(out[0], a[0], a[0], **wide, out=out[0])
-        torch.bmm(a, a, **wide, out=out)
-        torch.baddbmm(out, a, a, **wide, out=out)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-    return bool((out == 32).all())
+
+    def works(*products: Callable[[], Tensor], expected: float) -> bool:
+        try:
+            return all(bool((product() == expected).all()) for product in products)
+        except (RuntimeError, TypeError, NotImplementedError):
+            return False
+
+    multiplies = works(
+        lambda: torch.mm(a[0], a[0], **wide, out=flat),
+        lambda: torch.bmm(a, a, **wide, out=out),
+        expected=16,
+    )
+    adds = multiplies and works(
+        lambda: torch.addmm(flat.fill_(3), a[0], a[0], **wide, out=flat),
+        lambda: torch.baddbmm(out.fill_(3), a, a, **wide, out=out),
+        expected=19,
+    )
+    return multiplies, adds
