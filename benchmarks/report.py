@@ -315,6 +315,17 @@ def quality(result: Result) -> str:
     return sections.summary(suites, f"{stamp['cpu']}; torch {stamp['torch']}; {stamp['date'][:10]}")
 
 
+def repeated(result: Result) -> str:
+    """The suite whose models were trained several times, side by side."""
+    found = {
+        name: one
+        for name in sections.REPEATED
+        for one in results(name)
+        if one["environment"]["cpu"] == result["environment"]["cpu"]
+    }
+    return sections.repeated(found, where(result)) if len(found) > 1 else ""
+
+
 REPORT_SECTIONS: Sections = {"analyses": ("analyses", analyses)}
 SECTIONS: Sections = {
     "demo": ("demo", demo),
@@ -330,7 +341,7 @@ SECTIONS: Sections = {
 EVIDENCE_SECTIONS: Sections = {
     name: (file, lambda result, section=section: section(result, where(result)))
     for name, (file, section) in sections.EVIDENCE.items()
-}
+} | {"repeated-vision-joint": ("quality-vision-joint", repeated)}
 
 
 def filled(text: str, chosen: Sections = SECTIONS) -> str:

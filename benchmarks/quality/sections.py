@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +104,46 @@ def summary(suites: dict[str, Result], where: str) -> str:
         f"was chosen on validation splits. ({where})"
     )
     return f"{markdown(['average accuracy, %', *sizes], rows)}\n\n{note}"
+
+
+REPEATED = {
+    "quality-vision-joint": "as above",
+    "quality-vision-joint-again": "made again from nothing",
+    "quality-vision-joint-experts1": "pretrained and fine-tuned with seed 1",
+    "quality-vision-joint-experts2": "pretrained and fine-tuned with seed 2",
+}
+
+
+def repeated(found: dict[str, Result], where: str) -> str:
+    """Methods of one suite whose models were trained again: averages, and their ranking."""
+    methods = [
+        row
+        for row in next(iter(found.values()))["rows"]
+        if row.get("init", "weights") == "weights" and row.get("which", "tuned") == "tuned"
+    ]
+    values = {
+        name: [
+            averages(find(result, row["method"], **{k: row[k] for k in ("init",) if k in row}))
+            for row in methods
+        ]
+        for name, result in found.items()
+    }
+    rows = [
+        [row["method"], *(spread(columns[i]) for columns in values.values())]
+        for i, row in enumerate(methods)
+    ]
+    means = [[statistics.fmean(v) for v in columns] for columns in values.values()]
+    pairs = list(itertools.combinations(range(len(methods)), 2))
+    same = [sum((a[i] < a[j]) == (means[0][i] < means[0][j]) for i, j in pairs) for a in means]
+    rows.append(
+        [
+            "pairs of methods in the order of the first column, of " + str(len(pairs)),
+            *map(str, same),
+        ]
+    )
+    head = ["average accuracy, %", *(REPEATED[name] for name in found)]
+    commands = "; ".join(f"`{result['command']}`" for result in found.values())
+    return f"{markdown(head, rows)}\n\n{commands}. ({where})"
 
 
 def demo_verdicts(result: Result, where: str) -> str:
