@@ -48,11 +48,13 @@ def mix(
     tasks, rows, columns = u.shape
     spans = _segments(widths, columns)
     shape = (tasks, len(spans))
+    # By name: a copy must live until the launch, or the next copy takes its memory.
+    alpha, beta = alpha.float(), beta.float()
     out = empty_like(u)
     launch(
         "alignment_mix", u, DTYPES[u.dtype], tasks, rows, columns, spans,
-        strided("alpha", alpha.float(), shape, u), address("u", u, u.shape, u),
-        strided("beta", beta.float(), shape, u), address("v", v, u.shape, u),
+        strided("alpha", alpha, shape, u), address("u", u, u.shape, u),
+        strided("beta", beta, shape, u), address("v", v, u.shape, u),
         address("row", row, (tasks, columns), u), out.data_ptr(),
     )  # fmt: skip
     return out
@@ -64,12 +66,13 @@ def coefficients(
     """See fda_fast.ops.alignment.coefficients."""
     _, tasks, terms = dots.shape
     dots, squares = dots.float().contiguous(), squares.float().contiguous()
+    active = active.contiguous()
     loss, cosines, out = empty((tasks,), dots), empty((tasks, terms), dots), empty_like(dots)
     launch(
         "alignment_coefficients", dots, tasks, terms,
         address("dots", dots, (2, tasks, terms), dots),
         address("squares", squares, (tasks, terms), dots),
-        address("active", active.contiguous(), (terms,), dots, torch.bool), eps,
+        address("active", active, (terms,), dots, torch.bool), eps,
         loss.data_ptr(), cosines.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return loss, cosines, out
