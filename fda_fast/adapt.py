@@ -50,6 +50,7 @@ def adapt(
     seed: int = 0,
     order: Callable[[int], Tensor] | None = None,
     snapshots: Sequence[int] = (),
+    part: int | None = None,
     on_epoch: Callable[[int, Tensor], None] | None = None,
 ) -> Adaptation:
     """Make one layer answer each task's anchors as that task's fine-tuned layer does.
@@ -76,6 +77,8 @@ def adapt(
             the CPU, counted task after task. Default: a permutation drawn with ``seed``.
         snapshots: epochs after which to keep a copy of the layer; each is, bit for bit, what a
             run of so many epochs gives.
+        part: anchors that a step holds at once; None, the default, a whole batch. The same result
+            to rounding, from less memory.
         on_epoch: called as ``(epoch, mean loss)`` with a device tensor.
 
     Returns:
@@ -92,7 +95,7 @@ def adapt(
     if any(not 1 <= epoch <= epochs for epoch in snapshots):
         raise InputError("snapshots", expected=f"epochs from 1 to {epochs}", got=list(snapshots))
     problem = layers.bind_adaptation(
-        layer, list(tasks), distance=distance, engine=engine, precision=precision
+        layer, list(tasks), distance=distance, engine=engine, precision=precision, part=part
     )
     rate = DEFAULT_LR[mode] if lr is None else lr
     if mode == "weights":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +28,8 @@ _MARGIN, _LOADED_LATER = 0.06, 48 << 20
 _M_MMAP_THRESHOLD, _THRESHOLD = -3, 1 << 20
 # Without a limit of the user's this share of what is free may be filled.
 _SHARE_OF_FREE = 0.85
+# Halving the anchors at once must bring memory down to this share, or it is given up.
+_WORTH_A_SPLIT = 0.99
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Limits:
 
     Attributes:
         batch: tasks optimised in one batch.
+        part: anchors of a task that a step holds at once; None for all.
         overlap: whether the next layer is read and the last one saved beside the computation.
         memory: estimated peak of the host's memory, bytes, the process as it is included.
         gpu_memory: estimated peak of the device's; 0 on a CPU.
@@ -43,6 +48,7 @@ class Limits:
     overlap: bool
     memory: int
     gpu_memory: int = 0
+    part: int | None = None
 
 
 def parse_bytes(text: str | int | None, what: str) -> int | None:
@@ -131,8 +137,11 @@ def choose_limits(
     """Fit a merge into memory: overlap where it fits, as many tasks per batch as fit.
 
     On the CPU tasks are always constructed one by one, which costs a few per cent of time, so that
-    results do not depend on the memory at all. On a GPU the size of a batch can change the last
-    bits of a result: a job keeps the size that it began with.
+    results do not depend on memory. On a GPU the size of a batch can change the last bits of a
+    result. Where one layer with one task does not fit, its anchors are halved until it does: that
+    costs a third of the time, and can change last bits too, so it depends on ``max_memory``
+    alone, or on the memory that is free if otherwise nothing would go. A job keeps the sizes that
+    it began with.
 
     Args:
         job: the merge.
@@ -144,26 +153,45 @@ def choose_limits(
     """
     load = workload(job)
     gpu = job.device.type == "cuda"
-    batch, gpu_memory = 1, 0
-    if gpu:
-        batch, gpu_overlap, gpu_memory = _fit_gpu(job, load, max_gpu_memory)
-    else:
-        gpu_overlap = True
     floor = resident() + _LOADED_LATER
+    batch, gpu_overlap, gpu_memory = 1, True, 0
+    if gpu:
+        batch, load, gpu_overlap, gpu_memory = _fit_gpu(job, load, max_gpu_memory)
+    else:
+        room = _room(max_memory, floor, share=1.0) - floor
+        load = _in_parts(load, room, lambda load: host_memory(job, load, overlap=False).bound)
     ahead = host_memory(job, load, overlap=True)
     if gpu_overlap and floor + ahead.bound <= _room(max_memory, floor):
-        return Limits(batch, True, floor + ahead.expected, gpu_memory)
+        return Limits(batch, True, floor + ahead.expected, gpu_memory, load.part)
     alone = host_memory(job, load, overlap=False)
     if max_memory is not None and floor + alone.bound > max_memory:
+        held = "" if load.part is None else f" and {load.part} anchors"
         raise InputError(
             f"max_memory {shown(max_memory)} is too small for {alone.what} with {load.tasks} "
             "experts",
-            expected=f"at least {shown(floor + alone.bound)}: {shown(alone.bound)} for one layer "
-            f"at a time, {shown(floor)} for the program itself",
+            expected=f"at least {shown(floor + alone.bound)}: {shown(alone.bound)} for one layer"
+            f"{held} at a time, {shown(floor)} for the program itself",
             got=shown(max_memory),
-            fix="Give more, use fewer anchors or experts, or scope: mlp",
+            fix="Give more, use fewer experts, or scope: mlp",
         )
-    return Limits(batch, False, floor + alone.expected, gpu_memory)
+    return Limits(batch, False, floor + alone.expected, gpu_memory, load.part)
+
+
+def _in_parts(
+    load: estimate.Workload, room: int, need: Callable[[estimate.Workload], int]
+) -> estimate.Workload:
+    """The workload with as many anchors at once as fit into ``room`` bytes: all, half, a quarter...
+
+    Where none fits, that of which smaller parts would save nothing.
+    """
+    least = need(load)
+    while least > room and (load.part or load.anchors) > 1:
+        smaller = replace(load, part=math.ceil((load.part or load.anchors) / 2))
+        found = need(smaller)
+        if found > _WORTH_A_SPLIT * least:
+            break
+        load, least = smaller, found
+    return load
 
 
 @dataclass(frozen=True)
@@ -181,12 +209,12 @@ class HostMemory:
     what: str
 
 
-def _room(limit: int | None, floor: int) -> int:
+def _room(limit: int | None, floor: int, share: float = _SHARE_OF_FREE) -> int:
     if limit is not None:
         return limit
     from fda_fast.job import free_memory
 
-    return floor + int(_SHARE_OF_FREE * free_memory(torch.device("cpu")))
+    return floor + int(share * free_memory(torch.device("cpu")))
 
 
 def host_memory(job: Job, load: estimate.Workload, *, overlap: bool) -> HostMemory:
@@ -218,29 +246,37 @@ def host_memory(job: Job, load: estimate.Workload, *, overlap: bool) -> HostMemo
     return HostMemory(max(total for _, total, _ in found), int(bound * (1 + _MARGIN)), what)
 
 
-def _fit_gpu(job: Job, load: estimate.Workload, limit: int | None) -> tuple[int, bool, int]:
+def _fit_gpu(
+    job: Job, load: estimate.Workload, limit: int | None
+) -> tuple[int, estimate.Workload, bool, int]:
+    """Tasks in a batch, the workload in parts if need be, whether to overlap, estimated peak."""
     from fda_fast.job import free_memory
 
     room = limit if limit is not None else int(_SHARE_OF_FREE * free_memory(job.device))
-    least, name = 0, ""
+
+    def need(load: estimate.Workload, batch: int = 1, overlap: bool = False) -> tuple[int, str]:
+        return max(
+            (_on_gpu(estimate.layer_memory(spec, load, group=batch), overlap), spec.name)
+            for spec in job.layers
+        )
+
     for overlap in (True, False):
         for batch in range(load.tasks if load.optimises else 1, 0, -1):
-            needs = [
-                (_on_gpu(estimate.layer_memory(spec, load, group=batch), overlap), spec.name)
-                for spec in job.layers
-            ]
-            least, name = max(needs)
+            found, _ = need(load, batch, overlap)
             # A larger batch gains more than reading ahead hides, down to half of the tasks.
-            if least <= room and (not overlap or 2 * batch >= load.tasks):
-                return batch, overlap, least
-    if limit is not None:
+            if found <= room and (not overlap or 2 * batch >= load.tasks):
+                return batch, load, overlap, found
+    load = _in_parts(load, room, lambda load: need(load)[0])
+    least, name = need(load)
+    if limit is not None and least > limit:
+        held = "one task's anchors" if load.part is None else f"{load.part} anchors of one task"
         raise InputError(
             f"max_gpu_memory {shown(limit)} is too small for layer {name}",
-            expected=f"at least {shown(least)}: one layer of all models and one task's anchors",
+            expected=f"at least {shown(least)}: one layer of all models and {held}",
             got=shown(limit),
-            fix="Give more, use fewer anchors or experts, or --device cpu",
+            fix="Give more, use fewer experts, or --device cpu",
         )
-    return 1, False, least
+    return 1, load, False, least
 
 
 def _on_gpu(need: estimate.LayerMemory, overlap: bool) -> int:

@@ -95,7 +95,7 @@ def calibrate(job: Job, load: estimate.Workload, output: Path | None = None) -> 
     tuned = _moved(layer)
     prepare = _time_preparation(layer, tuned)
     setup, step, rows = _time_construction(job, load, spec, layer, tuned)
-    flop = estimate.construct_flop(spec, replace(load, tasks=1, anchors=rows))
+    flop = estimate.construct_flop(spec, replace(load, tasks=1, anchors=rows, part=None))
     adapt_setup, adapt_step = _time_adaptation(job, load, spec, layer, tuned)
     batch = min(load.batch_size, load.tasks * load.anchors)
     adapt_flop = estimate.adapt_flop(spec, replace(load, tasks=1, anchors=batch))
@@ -189,11 +189,11 @@ def _time_construction(
     settings = job.settings
     wanted = settings.construct
     tokens = wanted.tokens if spec.scope == "block" else None
-    few = 8
+    few = min(8, load.part or 8)
     # First a few anchors, to know how many can be afforded.
     _, once = _construct(job, layer, tuned, few, tokens)
     affordable = max(few, int(few * _SECONDS_PER_STEP / once))
-    count = min(load.anchors, affordable)
+    count = min(load.held, affordable)
     setup, step = _construct(job, layer, tuned, count, tokens)
     return setup, step, count
 
@@ -273,6 +273,7 @@ def _time_adaptation(
         distance=wanted.distance,
         engine=settings.engine,
         precision=settings.precision,
+        part=load.part,
         on_epoch=tick,
     )
     ended = time.perf_counter()

@@ -137,6 +137,7 @@ def construct(
     precision: str = "auto",
     patience: int | None = None,
     tolerance: float = 1e-4,
+    part: int | None = None,
     progress: bool = True,
     on_step: StepCallback | None = None,
 ) -> Construction:
@@ -160,6 +161,9 @@ def construct(
             whatever the other tasks of the batch still do. None, the default, runs all steps as
             published.
         tolerance: see ``patience``.
+        part: anchors of a task that a step holds at once. None, the default, holds all. The same
+            result to rounding, from less memory: only the anchors themselves, their gradient and
+            the optimiser's moments then grow with n. A step takes about a third longer.
         progress: draw a progress bar on stderr (ignored when ``on_step`` is given).
         on_step: called after every evaluation with device tensors.
 
@@ -185,6 +189,7 @@ def construct(
         distance=distance,
         engine=engine,
         precision=precision,
+        part=part,
     )
     names = problem.parameter_names
     optimiser = AnchorOptimiser(

@@ -47,6 +47,7 @@ class Order:
         mode, source: as ``pipeline.process_layers``.
         device: "cpu" or "cuda".
         batch: tasks constructed in one batch.
+        part: anchors of a task that a step holds at once, None for all.
         threads: of a worker; their number can change the last bits of a product.
         max_memory, max_gpu_memory: limits of a worker.
         identity: digest of what decides the result: a worker must see the same.
@@ -58,6 +59,7 @@ class Order:
     source: str | None
     device: str
     batch: int
+    part: int | None
     threads: int
     max_memory: int | None
     max_gpu_memory: int | None
@@ -139,6 +141,7 @@ def ray_order(
         source=None if source is None else str(source.absolute()),
         device=job.device.type,
         batch=work.batch,
+        part=work.part,
         threads=torch.get_num_threads(),
         max_memory=resources.max_memory,
         max_gpu_memory=resources.max_gpu_memory,
@@ -253,7 +256,7 @@ def do_parcel(order: Order, parcel: Parcel) -> tuple[Files, dict[str, float]]:
         mode = "construct"
     with tempfile.TemporaryDirectory(prefix="fda-") as folder:
         work = WorkDirectory(Path(folder) / "merge")
-        work.batch = order.batch
+        work.batch, work.part = order.batch, order.part
         for name in ("anchors", "layers"):
             (work.path / name).mkdir(parents=True)
         _store(work, parcel.files)

@@ -31,6 +31,10 @@ _ADAPT_ROW_VALUES, _TARGET_COPIES = 1.6, 2.5
 _CONSTRUCT_PRODUCTS, _ADAPT_PRODUCTS = 8.5, 4
 # The attention core per construction step: 24 products of 2 * rows * tokens * width.
 _ATTENTION_PRODUCTS = 24
+# Forward and backward, which anchors in parts need twice: 2 products of each matrix that reads the
+# anchors, 4 of the others; 11 of the attention core.
+_AGAIN_PRODUCTS = {"mlp": 8 / 3, "block": 3.5}
+_AGAIN_ATTENTION = 11
 
 
 class Shapes(Protocol):
@@ -68,6 +72,7 @@ class Workload:
         optimises: False for a starting point alone.
         starts: whether a starting point is computed.
         snapshots: models kept from earlier epochs beside the last one.
+        part: anchors of a task that a step holds at once; None for all.
     """
 
     tasks: int
@@ -80,11 +85,23 @@ class Workload:
     optimises: bool = True
     starts: bool = False
     snapshots: int = 0
+    part: int | None = None
 
     @property
     def rows(self) -> int:
         """Rows of one task's anchors, n * T."""
         return self.anchors * self.tokens
+
+    @property
+    def held(self) -> int:
+        """Anchors of one task that a step holds at once."""
+        return min(self.anchors, self.part or self.anchors)
+
+    @property
+    def repeated(self) -> float:
+        """The share of anchors that forward and backward are made of twice: all parts but one."""
+        parts = math.ceil(self.anchors / self.held)
+        return (parts - 1) / parts
 
     @property
     def adapt_steps(self) -> int:
@@ -142,7 +159,7 @@ def _attends(layer: Shapes, load: Workload) -> bool:
 
 def construct_bytes(layer: Shapes, load: Workload, group: int = 1) -> int:
     """What construction of ``group`` tasks in one batch holds beside the layers themselves."""
-    copy, rows = parameter_bytes(layer), load.rows
+    copy, rows = parameter_bytes(layer), load.held * load.tokens
     tuned = _COPIES_TUNED if group > 1 else 0.0
     steps = copy * (_COPIES_SHARED + group * (_COPIES_TASK + tuned))
     steps += FLOAT * group * rows * _widths(layer) * _ROW_VALUES[layer.scope]
@@ -150,14 +167,15 @@ def construct_bytes(layer: Shapes, load: Workload, group: int = 1) -> int:
         heads = max(1, layer.width // _HEAD)
         steps += FLOAT * group * rows * load.tokens * heads * _ATTENTION_VALUES
     check = copy * (_COPIES_CHECK[layer.scope] + 2 * (group - 1))
-    return int(max(check, steps) + FLOAT * group * rows * layer.width * _ANCHOR_COPIES)
+    return int(max(check, steps) + FLOAT * group * load.rows * layer.width * _ANCHOR_COPIES)
 
 
 def adapt_bytes(layer: Shapes, load: Workload) -> int:
     """What adaptation holds beside the layers themselves and all anchors."""
     copy = parameter_bytes(layer)
     found = copy * (_COPIES_ADAPT + _COPIES_COEFFICIENT * load.coefficients + load.snapshots)
-    batch = min(load.batch_size, load.tasks * load.anchors) * load.tokens
+    batch = min(load.batch_size, load.tasks * load.anchors)
+    batch = min(batch, load.part or batch) * load.tokens
     found += FLOAT * batch * _widths(layer) * _ADAPT_ROW_VALUES
     found += FLOAT * load.tasks * load.rows * layer.width * _TARGET_COPIES
     return int(found)
@@ -208,9 +226,11 @@ def tensor_memory(
 
 def construct_flop(layer: Shapes, load: Workload) -> float:
     """Operations of one construction step of all tasks."""
-    step = _CONSTRUCT_PRODUCTS * 2.0 * load.rows * _products(layer)
+    products = _CONSTRUCT_PRODUCTS + load.repeated * _AGAIN_PRODUCTS[layer.scope]
+    step = products * 2.0 * load.rows * _products(layer)
     if _attends(layer, load):
-        step += _ATTENTION_PRODUCTS * 2.0 * load.rows * load.tokens * layer.width
+        products = _ATTENTION_PRODUCTS + load.repeated * _AGAIN_ATTENTION
+        step += products * 2.0 * load.rows * load.tokens * layer.width
     return load.tasks * step
 
 

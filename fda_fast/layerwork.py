@@ -169,6 +169,7 @@ def construct_layer(
     groups: Sequence[Sequence[str]],
     paths: Mapping[str, Path],
     display: Display,
+    part: int | None = None,
 ) -> dict[str, Anchors]:
     """Anchors of every task; those already on disk are kept, new ones are saved at once.
 
@@ -179,6 +180,7 @@ def construct_layer(
             because the size of a batch can change the last bits of a result.
         paths: anchors file of every task.
         display: shows the steps.
+        part: anchors of a task that a step holds at once; None for all.
     """
     found: dict[str, Anchors] = {}
     for group in groups:
@@ -186,7 +188,7 @@ def construct_layer(
         if all(anchors is not None for anchors in saved.values()):
             found |= {task: anchors for task, anchors in saved.items() if anchors is not None}
             continue
-        made = _construct_group(inputs, settings, group, len(groups), display)
+        made = _construct_group(inputs, settings, group, len(groups), display, part)
         for task, anchors in made.items():
             anchors.save(paths[task])
         found |= made
@@ -194,7 +196,12 @@ def construct_layer(
 
 
 def _construct_group(
-    inputs: LayerInput, settings: Settings, group: Sequence[str], groups: int, display: Display
+    inputs: LayerInput,
+    settings: Settings,
+    group: Sequence[str],
+    groups: int,
+    display: Display,
+    part: int | None,
 ) -> dict[str, Anchors]:
     wanted = settings.construct
     starts = {task: first_anchors(inputs, task, settings) for task in group}
@@ -224,6 +231,7 @@ def _construct_group(
         engine=settings.engine,
         precision=settings.precision,
         patience=wanted.patience,
+        part=part,
         progress=False,
         on_step=display.on_step,
     )
@@ -314,6 +322,7 @@ def adapt_layer(
     settings: Settings,
     display: Display,
     extra: Mapping[str, Tensor] | None = None,
+    part: int | None = None,
 ) -> Adaptation:
     """The merged layer, and its mean loss per anchor in every epoch.
 
@@ -324,6 +333,7 @@ def adapt_layer(
         settings: of the merge.
         display: shows the epochs.
         extra: further anchors by task, such as real activations, [n, (T,) d] with any n.
+        part: anchors that a step holds at once; None for a batch.
     """
     wanted = settings.adapt
     device = next(inputs.pretrained.parameters()).device
@@ -347,6 +357,7 @@ def adapt_layer(
         precision=settings.precision,
         seed=stable_seed(settings.construct.seed, inputs.name, "adapt") % 2**31,
         snapshots=wanted.snapshots[:-1],
+        part=part,
         on_epoch=display.on_epoch,
     )
     display.end()

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from fda_fast.activations import check_extra_anchors
+from fda_fast.budget import Limits, choose_limits
 from fda_fast.checkpoints.align import ExpertView, check_finite, match_expert
 from fda_fast.checkpoints.identity import check_differs
 from fda_fast.checkpoints.memory import (
@@ -31,7 +32,7 @@ from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.checkpoints.skeleton import build_skeleton
 from fda_fast.config import MergeConfig, parse
 from fda_fast.errors import InputError
-from fda_fast.job import Job, assemble, choose_device, tasks_per_batch
+from fda_fast.job import Job, assemble, choose_device
 from fda_fast.layers.call import call_layer
 from fda_fast.layerwork import LayerResult
 from fda_fast.pipeline import process_layer
@@ -191,9 +192,9 @@ class _Result:
 class _Scratch(WorkDirectory):
     """Where the layers of a merge in memory go: anchors to a temporary folder, weights on."""
 
-    def __init__(self, folder: Path, result: _Result, batch: int) -> None:
+    def __init__(self, folder: Path, result: _Result, limits: Limits) -> None:
         super().__init__(folder / "merge")
-        self.batch = batch
+        self.batch, self.part = limits.batch, limits.part
         self._result = result
 
     def is_finished(self, layer: str) -> bool:
@@ -309,7 +310,7 @@ def _check_layers_run(job: Job) -> None:
 def _layers(
     job: Job, result: _Result, scratch: Path, shown: Display, anchors: Path | None
 ) -> list[LayerResult]:
-    work = _Scratch(scratch, result, tasks_per_batch(job))
+    work = _Scratch(scratch, result, choose_limits(job))
     work.path.mkdir()
     resolve_scale(job, work)
     shown.start(len(job.layers), 0)

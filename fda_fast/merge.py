@@ -275,10 +275,10 @@ def run(
             check_differs(view, job.layout)
         limits = choose_limits(job, where.max_memory, where.max_gpu_memory)
         enforce(job, where.max_memory, where.max_gpu_memory)
-        part = None if where.shard is None else str(where.shard)
+        shard = None if where.shard is None else str(where.shard)
         with WorkDirectory(target) as work, display(progress) as shown, explained(work):
             identity = job.identity(mode, extra)
-            work.open(identity, batch=limits.batch, restart=restart, shard=part)
+            work.open(identity, batch=limits.batch, part=limits.part, restart=restart, shard=shard)
             check_batch(work, limits)
             resolve_scale(job, work)
             for note in job.notes:

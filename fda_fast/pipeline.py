@@ -199,7 +199,7 @@ def _optimise(
     if missing:
         paths = {task: work.anchors_path(task, spec.name) for task in missing}
         groups = groups_of(missing, work.batch)
-        found |= construct_layer(inputs, job.settings, groups, paths, display)
+        found |= construct_layer(inputs, job.settings, groups, paths, display, work.part)
     anchors = {task: found[task] for task in job.experts}
     result.seconds["construct"] = time.monotonic() - begun
     result.tasks = {task: TaskResult.of(found) for task, found in anchors.items()}
@@ -210,7 +210,7 @@ def _optimise(
     result.seconds["start"] = time.monotonic() - begun
     begun = time.monotonic()
     extra = extra_anchors(job.extra_anchors, inputs, anchors) if job.extra_anchors else None
-    adapted = adapt_layer(inputs, anchors, start, job.settings, display, extra)
+    adapted = adapt_layer(inputs, anchors, start, job.settings, display, extra, work.part)
     history = adapted.history.tolist()
     result.adaptation = history[0], history[-1]
     result.snapshots = {epoch: history[epoch - 1] for epoch in job.settings.adapt.snapshots}

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def plan_merge(
     limits = choose_limits(job, where.max_memory, where.max_gpu_memory)
     job.identity("merge")
     opening = time.monotonic() - begun
-    return plan_job(job, limits, opening, speed or _calibrated(job, output))
+    return plan_job(job, limits, opening, speed or _calibrated(job, limits, output))
 
 
 def plan_config(
@@ -149,7 +149,7 @@ def plan_config(
                    dtype=dtype)  # fmt: skip
     where = resources or Resources()
     limits = choose_limits(job, where.max_memory, where.max_gpu_memory)
-    return plan_job(job, limits, 0.0, speed or _calibrated(job, None))
+    return plan_job(job, limits, 0.0, speed or _calibrated(job, limits, None))
 
 
 def describe(
@@ -226,7 +226,7 @@ def plan_job(job: Job, limits: Limits, opening: float, speed: Speed) -> Plan:
         opening: seconds that opening it took.
         speed: from ``calibrate``.
     """
-    asked = workload(job)
+    asked = replace(workload(job), part=limits.part)
     rows = [_row(job, spec, asked, speed, limits) for spec in job.layers]
     sizes = {name: _written(job, name) for name in job.base.names if name not in job.layout.tied}
     written = sum(sizes.values())
@@ -250,9 +250,9 @@ def plan_job(job: Job, limits: Limits, opening: float, speed: Speed) -> Plan:
     )
 
 
-def _calibrated(job: Job, output: Path | None) -> Speed:
+def _calibrated(job: Job, limits: Limits, output: Path | None) -> Speed:
     if job.settings.optimises:
-        return calibrate(job, workload(job), output)
+        return calibrate(job, replace(workload(job), part=limits.part), output)
     return Speed("", 0, 0, 0, 0, 0, 0, 1e9, 0.5e9, True, 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -132,6 +133,12 @@ def plan_view(plan: Plan) -> Group:
         lines.append(
             f"GPU memory: about {size(plan.limits.gpu_memory)}, {plan.limits.batch} experts in a "
             "batch"
+        )
+    if plan.limits.part is not None:
+        parts = math.ceil(made.anchors / plan.limits.part)
+        lines.append(
+            f"anchors: {plan.limits.part} of {made.anchors} at once, in {parts} parts, for want of "
+            "memory; that takes about a third longer"
         )
     lines.append(f"disk: {size(plan.disk_bytes)}, the work beside the output included")
     lines += [f"note: {note}" for note in job.notes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,19 +41,24 @@ class Task:
 
 
 def check_batch(work: WorkDirectory, limits: Limits) -> None:
-    """Refuse to go on with work that was begun in larger batches than there is memory for now.
+    """Refuse to go on with work that was begun with more at once than there is memory for now.
 
     Raises:
         InputError: with both numbers.
     """
-    if work.batch > limits.batch:
-        raise InputError(
-            f"{work.path} was begun with {work.batch} experts in a batch, for which there is no "
-            "memory now",
-            expected=f"room for {work.batch}",
-            got=f"room for {limits.batch}",
-            fix="Free or allow as much as then, or use --restart.",
-        )
+    choices = (
+        ("experts in a batch", work.batch, limits.batch),
+        ("anchors at once", work.part or math.inf, limits.part or math.inf),
+    )
+    for what, before, now in choices:
+        if before > now:
+            count = "all" if before == math.inf else before
+            raise InputError(
+                f"{work.path} was begun with {count} {what}, for which there is no memory now",
+                expected=f"room for {count}",
+                got=f"room for {now}",
+                fix="Free or allow as much as then, or use --restart.",
+            )
 
 
 def unfinished(job: Job, work: WorkDirectory) -> list[int]:

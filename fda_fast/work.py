@@ -51,6 +51,7 @@ class WorkDirectory:
         output = Path(os.path.abspath(output))
         self.path = output.parent / (output.name + SUFFIX)
         self.batch = 1
+        self.part: int | None = None
         self._locks: list[int] = []
         self._created = False
 
@@ -59,6 +60,7 @@ class WorkDirectory:
         identity: Mapping[str, Any],
         *,
         batch: int = 1,
+        part: int | None = None,
         restart: bool = False,
         shard: str | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class WorkDirectory:
             identity: everything that decides the result, as nested dicts of JSON values.
             batch: tasks to optimise together. Depends on the memory that is free and may change
                 last bits on a GPU, so a job keeps the number that it began with.
+            part: anchors of a task that a step holds at once, None for all; likewise.
             restart: throw away whatever work is there.
             shard: "2/8" if other processes work on other parts meanwhile.
 
@@ -94,14 +97,14 @@ class WorkDirectory:
                     unfinished.unlink()
             if restart:
                 self._clear()
-            self._join(identity, batch)
+            self._join(identity, batch, part)
             for folder in ("anchors", "layers"):
                 (self.path / folder).mkdir(exist_ok=True)
         except BaseException:
             self.close()
             raise
 
-    def _join(self, identity: Mapping[str, Any], batch: int) -> None:
+    def _join(self, identity: Mapping[str, Any], batch: int, part: int | None) -> None:
         """Make this the directory of the job, unless it is already, or is another's."""
         job = self.path / "job.json"
         if not job.exists():
@@ -110,11 +113,11 @@ class WorkDirectory:
                     f"{self.path} has files but no job.json",
                     fix="It is not a work directory of fda_fast, or a damaged one: remove it.",
                 )
-            content = {"identity": identity, "batch": batch}
+            content = {"identity": identity, "batch": batch, "part": part}
             text = json.dumps(content, indent=1, sort_keys=True)
-            # Several shards may begin at once: the first one decides the batch.
+            # Several shards may begin at once: the first one decides batch and part.
             write_atomically(job, text.encode(), replace=False)
-        self.batch = self._compare(job, identity)
+        self.batch, self.part = self._compare(job, identity)
 
     def discard(self) -> None:
         """Throw away whatever work is there.
@@ -240,11 +243,12 @@ class WorkDirectory:
             else:
                 entry.unlink()
 
-    def _compare(self, job: Path, identity: Mapping[str, Any]) -> int:
-        """The batch of the work that is there; refuses that of another job."""
+    def _compare(self, job: Path, identity: Mapping[str, Any]) -> tuple[int, int | None]:
+        """Batch and part of the work that is there; refuses that of another job."""
         try:
             content = json.loads(job.read_text())
             before, batch = content["identity"], int(content["batch"])
+            part = None if content.get("part") is None else int(content["part"])
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{job} is damaged", fix="Use --restart to begin anew.") from None
         now = json.loads(json.dumps(identity))
@@ -256,7 +260,7 @@ class WorkDirectory:
                 f"{self.path} holds the work of another merge ({shown}{more})",
                 fix="Use --restart to throw it away, or choose another output directory.",
             )
-        return batch
+        return batch, part
 
 
 def snapshot_key(name: str, epoch: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,73 @@ def test_less_memory_gives_up_the_overlap_then_refuses(big: Job) -> None:
 
 
 def test_on_the_cpu_every_expert_is_a_batch_of_its_own(big: Job) -> None:
-    assert choose_limits(big, 1 << 50).batch == 1
+    limits = choose_limits(big, 1 << 50)
+    assert limits.batch == 1 and limits.part is None
+
+
+def many(big: Job) -> Job:
+    """The same with the 8192 anchors of the paper, whose activations outweigh the weights."""
+    made = dataclasses.replace(big.settings.construct, anchors=8192)
+    return dataclasses.replace(big, settings=dataclasses.replace(big.settings, construct=made))
+
+
+def bound(job: Job, part: int | None) -> int:
+    load = dataclasses.replace(workload(job), part=part)
+    return host_memory(job, load, overlap=False).bound
+
+
+def test_anchors_are_halved_until_they_fit(big: Job) -> None:
+    job, slack = many(big), 256 << 20
+    needs = {part: bound(job, part) for part in (None, 4096, 2048, 1024, 512)}
+    assert list(needs.values()) == sorted(needs.values(), reverse=True)
+    for part in (None, 4096, 2048):
+        limits = choose_limits(job, resident() + needs[part] + slack)
+        assert limits.part == part
+        assert limits.memory <= resident() + needs[part] + slack
+    with pytest.raises(InputError, match="anchors at a time") as refused:
+        choose_limits(job, resident() + needs[512] // 2)
+    least = re.search(r"at least (\d+\.\d+) GiB", str(refused.value))
+    assert least is not None
+    # The limit that it names is enough.
+    choose_limits(job, int((float(least[1]) + 0.01) * 2**30) + slack)
+
+
+def test_without_a_limit_anchors_are_split_only_where_nothing_else_would_go(
+    big: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = many(big)
+    for free, part in ((bound(job, None) + 1, None), (bound(job, 4096) + 1, 4096)):
+        monkeypatch.setattr("fda_fast.job.free_memory", lambda device, free=free: free)
+        assert choose_limits(job).part == part
+    # Where no part is small enough, what smaller ones would not save is not split further.
+    monkeypatch.setattr("fda_fast.job.free_memory", lambda device: 1 << 20)
+    smallest = choose_limits(job).part
+    assert smallest is not None and bound(job, smallest // 2) > 0.98 * bound(job, smallest)
+
+
+def test_on_a_gpu_one_expert_is_split_after_the_batch(big: Job) -> None:
+    gpu = dataclasses.replace(many(big), device=torch.device("cuda"))
+    found = [choose_limits(gpu, None, int(n * 2**30)) for n in (80, 16, 9)]
+    assert [limits.batch for limits in found] == [4, 1, 1]
+    assert found[0].part is None and found[2].part is not None
+    for limits, gigabytes in zip(found, (80, 16, 9), strict=True):
+        assert limits.gpu_memory <= gigabytes * 2**30
+    with pytest.raises(InputError, match=r"and \d+ anchors of one task"):
+        choose_limits(gpu, None, 4 << 30)
+
+
+def test_parts_take_less_memory_and_more_operations(big: Job) -> None:
+    spec, asked = big.layers[0], workload(many(big))
+    memory, flop = [], []
+    for part in (None, 4096, 1000, 100):
+        load = dataclasses.replace(asked, part=part)
+        memory.append(estimate.layer_memory(spec, load).work)
+        flop.append(estimate.construct_flop(spec, load))
+    assert memory == sorted(memory, reverse=True) and flop == sorted(flop)
+    assert flop[-1] < 1.4 * flop[0]
+    assert estimate.layer_memory(spec, dataclasses.replace(asked, part=8192)) == (
+        estimate.layer_memory(spec, asked)
+    )
 
 
 def test_a_gpu_takes_as_many_experts_as_fit(big: Job) -> None:
@@ -103,6 +170,49 @@ def test_a_resumed_job_keeps_its_batch_or_says_so(tiny, tmp_path: Path, monkeypa
         work.open(job.identity("merge"), batch=3)
     with pytest.raises(InputError, match="begun with 3 experts in a batch"):
         run(config, tmp_path / "out", device="cpu", progress=False)
+
+
+def test_a_job_keeps_its_part_whatever_memory_there_is_later(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fda_fast import pipeline
+    from fda_fast.merge import run
+
+    config = load(tiny.config(tmp_path))
+
+    def merged(name: str, *parts: int | None) -> dict[str, bytes]:
+        """A merge that dies before its last layer, once for every part but the last."""
+        for part in parts:
+            limits = budget.Limits(1, False, 0, part=part)
+            monkeypatch.setattr(budget, "choose_limits", lambda *_, limits=limits: limits)
+            if part is not parts[-1]:
+                with monkeypatch.context() as patch:
+                    patch.setattr(pipeline, "adapt_layer", _dying(pipeline.adapt_layer))
+                    with pytest.raises(MemoryError):
+                        run(config, tmp_path / name, device="cpu", progress=False)
+            else:
+                run(config, tmp_path / name, device="cpu", progress=False)
+        files = sorted((tmp_path / name).rglob("*.safetensors"))
+        return {path.name: path.read_bytes() for path in files}
+
+    whole, split = merged("whole", None), merged("split", 2)
+    assert merged("resumed", 2, None) == split
+    assert whole != split  # otherwise nothing was split, or nothing was resumed in parts
+    with pytest.raises(InputError, match=r"begun with all anchors at once.*room for 2"):
+        merged("smaller", None, 2)
+
+
+def _dying(adapt_layer):
+    """Adapts the first layer, then runs out of memory."""
+    calls = []
+
+    def replacement(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise MemoryError
+        return adapt_layer(*arguments)
+
+    return replacement
 
 
 def test_an_impossible_budget_is_refused_before_anything(tiny, tmp_path: Path) -> None:

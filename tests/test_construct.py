@@ -95,6 +95,14 @@ def test_twenty_steps_are_the_published_loop(pair):
         )
 
 
+def test_in_parts_the_same_steps(pair):
+    pretrained, finetuned, anchors = pair
+    whole = construct(pretrained, finetuned, anchors, steps=10, progress=False)
+    split = construct(pretrained, finetuned, anchors, steps=10, part=3, progress=False)
+    torch.testing.assert_close(split.history, whole.history, rtol=1e-10, atol=0)
+    torch.testing.assert_close(split.anchors, whole.anchors, rtol=0, atol=1e-8)
+
+
 def test_one_layer_and_a_list_of_one_agree(pair):
     pretrained, finetuned, anchors = pair
     one = construct(pretrained, finetuned[1], anchors[1], steps=3, progress=False)

@@ -201,6 +201,6 @@ def _tasks_at_once(
         return 1
     elements = sum(p.numel() for p in layer.parameters())
     rows = shape[0] * (shape[1] if len(shape) == 3 else 1)
-    # As fda_fast.job.tasks_per_batch counts.
+    # Task vectors, gradients and fine-tuned weights; some 60 values per row and column of anchors.
     per_task = 4 * (4 * elements + 60 * rows * shape[-1])
     return max(1, free_memory(device) // 2 // per_task)
