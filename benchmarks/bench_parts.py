@@ -1,0 +1,124 @@
+"""A construction step with the anchors of one expert in parts: memory and time of 1 to 16 parts.
+
+    python benchmarks/bench_parts.py
+    python benchmarks/bench_parts.py --cases vit_b32_block --repeats 1
+
+Processor seconds of one thread, all numbers of parts in turn. Memory is what a step takes beyond
+both layers, task vectors, anchors and the optimiser's moments, in a process of its own. Beside each
+time stands the error of dL/dX against float64 autograd.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from cases import CASES, Case, make
+from common import environment, interleaved, peak_memory, ratio, summary, write_json
+
+from fda_fast import layers
+from fda_fast.layers.graph import AnchorOptimiser
+from fda_fast.ops import memory
+from fda_fast.testing import relative_error
+
+CHANGE = 1e-2
+PARTS = (1, 2, 4, 8, 16)
+
+
+def case_of(name: str) -> Case:
+    if name == "swiglu_1024_8192":
+        return replace(CASES["swiglu_1024"], shape=(8192, 1024))
+    return CASES[name]
+
+
+def part_of(case: Case, parts: int) -> int | None:
+    return None if parts == 1 else math.ceil(case.shape[0] / parts)
+
+
+def step(name: str, parts: int) -> Callable[[], None]:
+    """Two steps: in the first the optimiser's moments are touched."""
+    case = case_of(name)
+    pretrained, finetuned, anchors = make(case, CHANGE)
+    problem = layers.bind(
+        pretrained, finetuned, shape=case.shape, engine="program", part=part_of(case, parts)
+    )
+    optimiser = AnchorOptimiser(problem, anchors, steps=2, lr=1e-2)
+    for state in (optimiser._exp_avg, optimiser._exp_avg_sq):
+        state.fill_(0)
+    memory.trim()
+
+    def work() -> None:
+        optimiser.step()
+        optimiser.step()
+
+    return work
+
+
+def run(name: str, repeats: int) -> list[dict[str, object]]:
+    case = case_of(name)
+    taken = {parts: peak_memory(step, name, parts) for parts in PARTS}
+    pretrained, finetuned, anchors = make(case, CHANGE)
+    wide = [copy.deepcopy(layer).double() for layer in (pretrained, *finetuned)]
+    few = part_of(case, 16)
+    oracle = layers.bind(wide[0], wide[1:], shape=case.shape, engine="autograd", part=few)
+    gold = oracle.evaluate(anchors.double()).grad
+    del oracle, wide
+    problems = {
+        str(parts): layers.bind(
+            pretrained, finetuned, shape=case.shape, engine="program", part=part_of(case, parts)
+        )
+        for parts in PARTS
+    }
+    errors = {
+        parts: relative_error(problem.evaluate(anchors).grad, gold)
+        for parts, problem in problems.items()
+    }
+    seconds = interleaved(
+        {parts: lambda p=problem: p.evaluate(anchors) for parts, problem in problems.items()},
+        repeats=repeats,
+        warmup=0,  # measuring the errors was one
+        clock=time.process_time,
+    )
+    return [
+        {
+            "case": name,
+            "anchors": list(case.shape),
+            "parts": parts,
+            "part": part_of(case, parts) or case.shape[0],
+            **summary(seconds[str(parts)]),
+            "slowdown": ratio(seconds, str(parts), "1"),
+            "error": errors[str(parts)],
+            "mib": round(taken[parts]["peak_mib"] - taken[parts]["before_mib"], 1),
+            "anchors_mib": round(anchors.nbytes / 2**20, 1),
+        }
+        for parts in PARTS
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    known = ["swiglu_1024_8192", "vit_b32_block"]
+    parser.add_argument("--cases", nargs="+", default=known, choices=[*known, "minilm_layer"])
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name in arguments.cases:
+        for row in run(name, arguments.repeats):
+            rows.append(row)
+            print(
+                f"{name:20s} {row['parts']:3d} parts {row['ms_median']:9.1f} ms "
+                f"{row['slowdown']}x   error {row['error']:.1e}   {row['mib']:.0f} MiB",
+                flush=True,
+            )
+    print(environment())
+    print(write_json("parts", {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
