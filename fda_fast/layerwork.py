@@ -17,6 +17,7 @@ from fda_fast.anchors import Anchors, init_anchors
 from fda_fast.construct import construct
 from fda_fast.curve import Curve
 from fda_fast.errors import InputError
+from fda_fast.machine import here
 from fda_fast.progress import Display
 from fda_fast.settings import Settings
 
@@ -238,6 +239,7 @@ def _construct_group(
     display.end()
     assert isinstance(result.loss, list) and isinstance(result.cosines, list)
     assert isinstance(result.steps, list)
+    circumstances = _circumstances(inputs, moving, part)
     for i, task in enumerate(moving):
         made[task] = _pack(
             inputs,
@@ -248,6 +250,7 @@ def _construct_group(
             result.cosines[i],
             steps=result.steps[i] if wanted.patience else None,
             history=Curve.of(result.history[: result.steps[i], i].tolist()),
+            circumstances=circumstances,
         )
     return made
 
@@ -261,19 +264,30 @@ def _pack(
     cosines: Mapping[str, float],
     steps: int | None = None,
     history: Curve | None = None,
+    circumstances: Mapping[str, Any] | None = None,
 ) -> Anchors:
     done = {} if steps is None else {"steps_done": steps}
     return Anchors(
         tensor.detach().to("cpu", torch.float32),
         layer=inputs.name,
         task=task,
-        settings=construction_settings(settings) | done,
+        settings=construction_settings(settings) | done | dict(circumstances or {}),
         cosines=cosines,
         loss=loss,
         pretrained_sha256=inputs.hashes[""],
         expert_sha256=inputs.hashes[task],
         history=history,
     )
+
+
+def _circumstances(inputs: LayerInput, batch: Sequence[str], part: int | None) -> dict[str, Any]:
+    """What decides the last bits of anchors beside the settings, for whoever repeats them."""
+    found: dict[str, Any] = {"machine": here(next(inputs.pretrained.parameters()).device)}
+    if len(batch) > 1:
+        found["batch"] = list(batch)
+    if part is not None:
+        found["part"] = part
+    return found
 
 
 def construction_settings(settings: Settings) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from fda_fast.conditional import plain_setting
 from fda_fast.job import Job
 from fda_fast.layerwork import LayerResult
 from fda_fast.lora import LoraWriter
+from fda_fast.machine import here
 from fda_fast.progress import Display
 from fda_fast.startpoint import merged_tensor
 from fda_fast.stream import overlapped
+from fda_fast.times import Times
 from fda_fast.work import WorkDirectory, file_name
 
 REPORT = "fda_report.json"
@@ -193,6 +196,7 @@ def write_model(
         InputError: NaN or Inf outside the layers; values that the written dtype cannot hold.
         OSError: as the operating system says.
     """
+    begun = time.monotonic()
     scratch = work.path / ("output" if snapshot is None else "output.partial")
     owner = {name: spec.name for spec in job.layers for name in spec.parameters.values()}
     config = _public_config(job)
@@ -222,6 +226,8 @@ def write_model(
         report["layers"] = [layer.as_record() for layer in layers]
         (scratch / REPORT).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
         _copy_anchors(anchors, scratch, job)
+        spent = {layer.layer: layer.seconds or work.load_times(layer.layer) for layer in layers}
+        Times(spent, time.monotonic() - begun, here(job.device)).save(scratch)
         writer.finish(card=_card(job, config), config_yaml=config)
 
 

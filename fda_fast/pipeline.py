@@ -173,6 +173,7 @@ def process_layers(
         result = results[index]
         work.save_layer(result.layer, tensors, result.as_record())
         result.seconds["save"] = time.monotonic() - begun
+        work.save_times(result.layer, result.seconds)
 
     waited = overlapped(indices, read, compute, save, overlap=overlap)
     return results, waited

@@ -6,7 +6,8 @@ Beside the output, as ``<output>.fda-work``:
     lock                                held while a process works here; its number
     lock-2-of-8                         the same of one shard; then ``lock`` is held in common
     anchors/<task>/<layer>.safetensors  finished anchors
-    layers/<layer>.safetensors          finished merged layer; <layer>.json its losses
+    layers/<layer>.safetensors          finished merged layer; <layer>.json its losses,
+                                        <layer>.times.json how long it took
     output/                             the model being written
 
 Every file appears complete or not at all, so a file that is there is finished.
@@ -193,6 +194,17 @@ class WorkDirectory:
         path = self.layer_path(layer).with_suffix(".json")
         record: dict[str, Any] = json.loads(path.read_text())
         return record
+
+    def save_times(self, layer: str, seconds: Mapping[str, float]) -> None:
+        """Note how long a layer took, in seconds by phase."""
+        path = self.layer_path(layer).with_suffix(".times.json")
+        write_atomically(path, json.dumps(dict(seconds)).encode())
+
+    def load_times(self, layer: str) -> dict[str, float]:
+        """What ``save_times`` was told, in whichever run; nothing if it never was."""
+        path = self.layer_path(layer).with_suffix(".times.json")
+        seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        return seconds
 
     def load_tensor(self, layer: str, name: str, epoch: int | None = None) -> Tensor:
         """One tensor of a finished layer, or as it was after ``epoch`` if that was kept."""

@@ -138,7 +138,7 @@ def test_same_settings_give_the_same_bytes_and_seeds_differ(tiny, tmp_path: Path
     a, b, c = ((tmp_path / x / "model.safetensors").read_bytes() for x in "abc")
     assert a == b
     assert a != c
-    for name in tree(tmp_path / "a"):
+    for name in set(tree(tmp_path / "a")) - {"fda_times.json"}:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 

@@ -84,7 +84,11 @@ def drive(tiny, out: Path, *, kill: str = "", stop: bool = False, **settings: An
 
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in files
+        if path.name != "fda_times.json"
+    }
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from fda_fast import merge as merge_function
 from fda_fast.config import load
 from fda_fast.errors import InputError
 from fda_fast.merge import run
+from fda_fast.times import TIMES, Times
 from fda_fast.work import WorkDirectory
 
 SCRIPT = Path(__file__).with_name("kill_resume.py")
@@ -48,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TIMES)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -141,6 +142,11 @@ def test_finished_layers_are_not_done_again(tiny, tmp_path: Path, monkeypatch) -
     report = small_merge(tiny, tmp_path / "out")
     assert [layer.seconds for layer in report.layers] == [{}, {}]
     assert report.layers[0].tasks["movie"].loss > 0  # the results of the first run
+    times = Times.read(tmp_path / "out")
+    assert list(times.layers) == ["encoder.layer.0", "encoder.layer.1"]  # the times too
+    assert all(
+        set(seconds) >= {"read", "construct", "adapt", "save"} for seconds in times.layers.values()
+    )
 
 
 def test_finished_anchors_are_not_made_again(tiny, tmp_path: Path, monkeypatch) -> None:

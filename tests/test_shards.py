@@ -17,6 +17,7 @@ import torch
 from fda_fast import merge
 from fda_fast.errors import InputError
 from fda_fast.resources import Resources, Shard
+from fda_fast.times import TIMES
 from fda_fast.work import WorkDirectory, write_atomically
 
 SMALL: dict[str, Any] = {"anchors": 6, "tokens": 3, "steps": 8, "epochs": 5, "device": "cpu"}
@@ -38,7 +39,7 @@ def small_merge(tiny, output: Path, **keywords: Any) -> Any:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TIMES)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

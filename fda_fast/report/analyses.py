@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fda_fast.anchors import Anchors
 from fda_fast.errors import InputError
+from fda_fast.machine import as_recorded, differences, here
 from fda_fast.report.features import read_features
 from fda_fast.report.landscape import Plane, adaptation_loss, landscape
 from fda_fast.report.projection import cone_projection, induced_updates
@@ -150,8 +151,8 @@ def analyse(
         say(f"layer {number}/{len(indices)} {run.layers[index].layer}")
         inputs = read_layer(job, index)
         name = inputs.name
-        here = {task: layers[name] for task, layers in real.items() if name in layers}
-        result.layers.append(_layer(run, job, inputs, here, result))
+        data = {task: layers[name] for task, layers in real.items() if name in layers}
+        result.layers.append(_layer(run, job, inputs, data, result))
     if not indices:
         result.missing.append(
             "Spectrum, subspace similarity, projection energy, loss landscape: --layers is none."
@@ -162,29 +163,27 @@ def analyse(
 def _layer(
     run: Run, job: Job, inputs: LayerInput, real: Mapping[str, Tensor], result: Analyses
 ) -> LayerAnalysis:
-    from fda_fast.job import groups_of, tasks_per_batch
     from fda_fast.layerwork import check_origin
 
     found = LayerAnalysis(inputs.name)
     done = next(layer for layer in run.layers if layer.layer == inputs.name)
-    last: dict[str, Tensor] = {}
+    kept: dict[str, Anchors] = {}
     steps = {}
     for task in inputs.finetuned:
         saved = run.saved_anchors(task, inputs.name)
         if saved is not None:
             check_origin(saved, inputs, task, run.folder)
-            last[task] = saved.tensor
+            kept[task] = saved
         if task not in inputs.unchanged and task in done.tasks:
             steps[task] = milestones(done.tasks[task].steps or job.settings.construct.steps)
-    kept: dict[str, dict[int, Tensor]] = {}
-    for group in groups_of(list(steps), tasks_per_batch(job)):
-        kept |= replay(inputs, job.settings, group, steps)
-    for task, by_step in kept.items():
+    last = {task: saved.tensor for task, saved in kept.items()}
+    for task, by_step in _repeated(job, inputs, steps, kept).items():
         final = by_step[max(by_step)]
         analysis = found.tasks[task] = TaskAnalysis()
-        if task in last:
-            scale = last[task].abs().max().item()
-            analysis.drift = (final - last[task]).abs().max().item() / scale
+        if task in kept:
+            difference = (final - last[task]).abs().max() / last[task].abs().max()
+            analysis.drift = difference.item()
+            analysis.elsewhere = _elsewhere(kept[task], job)
         last.setdefault(task, final)
         analysis.spectra = {step: spectrum(tensor) for step, tensor in by_step.items()}
         if task in real:
@@ -193,6 +192,40 @@ def _layer(
                 result.missing.append(NO_ENERGY)
     _landscapes(run, job, inputs, last, real, found)
     return found
+
+
+def _repeated(
+    job: Job,
+    inputs: LayerInput,
+    steps: Mapping[str, Sequence[int]],
+    kept: Mapping[str, Anchors],
+) -> dict[str, dict[int, Tensor]]:
+    """The anchors of these tasks by step, made as the kept ones say they were."""
+    from fda_fast.budget import choose_limits
+    from fda_fast.job import groups_of
+
+    found: dict[str, dict[int, Tensor]] = {}
+    unknown = []
+    for task in steps:
+        made = kept[task].settings if task in kept else {}
+        if "machine" not in made:
+            unknown.append(task)
+        elif task not in found:
+            batch = [name for name in made.get("batch", [task]) if name in steps]
+            found |= replay(inputs, job.settings, batch, steps, made.get("part"), made["machine"])
+    limits = choose_limits(job)
+    for batch in groups_of(unknown, limits.batch):
+        found |= replay(inputs, job.settings, batch, steps, limits.part)
+    return {task: found[task] for task in steps}
+
+
+def _elsewhere(saved: Anchors, job: Job) -> list[str]:
+    """In what the machine that made these anchors differs from this one as it repeated them."""
+    record = saved.settings.get("machine")
+    if record is None:
+        return ["the machine they were made on is not recorded"]
+    with as_recorded(record):
+        return differences(record, here(job.device))
 
 
 def compare(

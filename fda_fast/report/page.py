@@ -12,6 +12,7 @@ from fda_fast.report.html import folded, grid, heat_map, mean, section, table, t
 from fda_fast.report.maps import surface
 from fda_fast.report.results import Analyses, LayerAnalysis
 from fda_fast.report.run import Run
+from fda_fast.times import TIMES, Times
 from fda_fast.version import __version__
 
 METHODS = {
@@ -36,8 +37,9 @@ def page(run: Run, analyses: Analyses) -> str:
         _alignment(run),
         _optimisation(run),
         *_analyses(analyses),
+        _times(run.times),
         _making(run),
-        _missing(analyses),
+        _missing(run, analyses),
     ]
     body = "\n".join(part for part in parts if part)
     return f"""<!doctype html>
@@ -262,15 +264,19 @@ def _spectrum_table(layers: list[LayerAnalysis]) -> str:
 
 def _repeated(layers: list[LayerAnalysis]) -> str:
     """How near the repeated construction came to the anchors that were kept."""
-    drifts = [
-        task.drift for layer in layers for task in layer.tasks.values() if task.drift is not None
-    ]
-    if not drifts:
+    tasks = [task for layer in layers for task in layer.tasks.values() if task.drift is not None]
+    if not tasks:
         return ""
+    worst = max(task.drift or 0.0 for task in tasks)
+    text = " For this the construction was repeated; "
+    if worst == 0:
+        return text + "it ends at the anchors kept, bit for bit."
+    causes = list(dict.fromkeys(cause for task in tasks for cause in task.elsewhere))
+    why = "; ".join(causes) or "the machine and its threads are the same, the program is not"
     return (
-        " For this the construction was repeated; it ends within "
-        f"{max(drifts):.1g} of the anchors kept, relative to their largest value (rounding depends "
-        "on how many experts share a batch)."
+        f"{text}it ends within {worst:.1g} of the anchors kept, relative to their largest value. "
+        "Only the machine that made them repeats them bit for bit, on as many threads: rounding is "
+        f"another elsewhere, and a long optimisation carries it on ({escape(why)})."
     )
 
 
@@ -294,6 +300,43 @@ def _overlap_table(layers: list[LayerAnalysis]) -> str:
             )
     head = ["layer and expert", "k", "first step", "last step", "chance", "halves of the data"]
     return table("Subspace similarity with real activations", head, rows) if rows else ""
+
+
+def _times(times: Times) -> str:
+    if not times.machine:
+        return ""
+    phases = [phase for phase in times.phases if phase != "write"]
+    rows = [
+        [name, *(_seconds(seconds.get(phase)) for phase in phases), _seconds(sum(seconds.values()))]
+        for name, seconds in times.layers.items()
+    ]
+    total = sum(times.phases.values())
+    parts = [
+        [phase, _seconds(value), f"{value / total:.0%}" if total else "–"]
+        for phase, value in times.phases.items()
+    ]
+    machine = times.machine
+    where = str(machine.get("device", "an unknown machine"))
+    if "threads" in machine:
+        where += f", {machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    return section(
+        "Times",
+        f"Measured by the merge, on {escape(where)}, torch {escape(str(machine.get('torch')))}. "
+        "Reading a layer and saving the last one go on beside the computation, so the parts can "
+        "add up to more than the merge took. Of a merge that was interrupted, each layer's times "
+        "are those of the run that finished it.",
+        table("Seconds by phase, over all layers", ["phase", "seconds", "share"], parts),
+        folded(
+            "By layer",
+            table("Seconds by layer and phase", ["layer", *phases, "sum"], rows) if rows else "",
+        ),
+    )
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _making(run: Run) -> str:
@@ -338,11 +381,11 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def _missing(analyses: Analyses) -> str:
-    lines = [
-        *analyses.missing,
-        "Times: the merge printed them; they are not kept, because a merge writes the same bytes "
-        "however long it takes.",
-    ]
+def _missing(run: Run, analyses: Analyses) -> str:
+    lines = list(analyses.missing)
+    if not run.times.machine:
+        lines.append(f"Times: {TIMES} is not in the folder; merges write it.")
+    if not lines:
+        return ""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return section("Not on this page", "What is missing, and how to get it.", f"<ul>{items}</ul>")

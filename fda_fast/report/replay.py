@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fda_fast import layers
 from fda_fast.layers.graph import AnchorOptimiser, step_runner
+from fda_fast.machine import as_recorded
 
 if TYPE_CHECKING:
     from fda_fast.layerwork import LayerInput
@@ -28,17 +29,22 @@ def replay(
     settings: Settings,
     tasks: Sequence[str],
     steps: Mapping[str, Sequence[int]],
+    part: int | None = None,
+    machine: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[int, Tensor]]:
     """Construct the anchors of a layer as a merge does, and keep them on the way.
 
-    Construction depends on the checkpoints and the settings alone, so a merge needs to store
-    nothing for this: it is done again.
+    Construction depends on the checkpoints, the settings and, in its last bits, on batch, part and
+    machine alone, so a merge needs to store nothing for this: it is done again.
 
     Args:
         inputs: the layer.
         settings: of the merge.
         tasks: experts optimised in one batch; none of them unchanged.
         steps: which steps to keep, by task.
+        part: anchors of a task that a step holds at once; None for all.
+        machine: the record of the one that made them (``machine.here``): as many threads are
+            used as there, if there are as many cores.
 
     Returns:
         {task: {step: [n, (T,) d] float32 on the CPU}}: at step 0 the first anchors, at step s what
@@ -46,6 +52,17 @@ def replay(
 
     Cost: the construction itself, up to the last step wanted.
     """
+    with as_recorded(machine or {}):
+        return _replay(inputs, settings, tasks, steps, part)
+
+
+def _replay(
+    inputs: LayerInput,
+    settings: Settings,
+    tasks: Sequence[str],
+    steps: Mapping[str, Sequence[int]],
+    part: int | None,
+) -> dict[str, dict[int, Tensor]]:
     from fda_fast.layerwork import first_anchors
 
     wanted = settings.construct
@@ -57,6 +74,7 @@ def replay(
         distance=wanted.distance,
         engine=settings.engine,
         precision=settings.precision,
+        part=part,
     )
     last = max(max(steps[task]) for task in tasks)
     optimiser = AnchorOptimiser(

@@ -17,7 +17,9 @@ class TaskAnalysis:
     Attributes:
         spectra: spectrum of the anchors by step.
         drift: largest difference of the repeated construction's last anchors from the kept ones,
-            relative to the kept ones' largest value; None if none were kept.
+            relative to the kept ones' largest value; 0 if they agree bit for bit, None if none
+            were kept.
+        elsewhere: in what the machine of the kept ones differs from this one; empty if in nothing.
         overlaps: with the real activations, by step, at a fifth of the width.
         overlap_by_rank: of the last step's anchors, and of the first step's, at many ranks.
         overlap_of_data: of one half of the real activations with the other: what could be reached.
@@ -29,6 +31,7 @@ class TaskAnalysis:
 
     spectra: dict[int, Spectrum] = field(default_factory=dict)
     drift: float | None = None
+    elsewhere: list[str] = field(default_factory=list)
     overlaps: dict[int, Overlap] = field(default_factory=dict)
     overlap_by_rank: tuple[Overlap, Overlap] | None = None
     overlap_of_data: Overlap | None = None

@@ -16,6 +16,7 @@ from fda_fast.errors import InputError
 from fda_fast.layerwork import LayerResult
 from fda_fast.presets import AdaptSettings, ConstructSettings, StartSettings
 from fda_fast.settings import Settings
+from fda_fast.times import Times
 from fda_fast.work import file_name
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Run:
         records: what else fda_report.json holds.
         config: fda_config.yml.
         anchors: folder of the anchors, None if they were not kept.
+        times: how long it took; empty where the run does not say.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class Run:
     records: dict[str, Any] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
     anchors: Path | None
+    times: Times = field(default_factory=Times, repr=False)
 
     @classmethod
     def open(cls, folder: PathLike) -> Run:
@@ -68,13 +71,14 @@ class Run:
             settings, notes = content.pop("settings"), content.pop("notes")
             config_file = path / "fda_config.yml"
             config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+            times = Times.read(path)
         except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise InputError(f"{file} is damaged", got=f"{type(error).__name__}") from None
         # Of several numbers of epochs, the anchors lie beside the models.
         places = [path / "anchors", path.parent / "anchors"]
         wanted = places if path.name.startswith("epochs-") else places[:1]
         anchors = next((place for place in wanted if place.is_dir()), None)
-        return cls(path, layers, settings, notes, content, config, anchors)
+        return cls(path, layers, settings, notes, content, config, anchors, times)
 
     @property
     def base(self) -> str:

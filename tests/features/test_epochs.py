@@ -40,7 +40,7 @@ def test_every_file_is_that_of_a_run_of_its_own(tiny, tmp_path: Path, start: str
         single = tmp_path / f"epochs-{epochs}"
         merge(tiny.base, tiny.experts, single, start=start, epochs=epochs, **SMALL)
         assert tree(single) == tree(many / single.name)
-        for name in tree(single):
+        for name in set(tree(single)) - {"fda_times.json"}:
             assert (single / name).read_bytes() == (many / single.name / name).read_bytes(), name
         contents.add((single / "model.safetensors").read_bytes())
     assert len(contents) == 3
@@ -80,7 +80,7 @@ def test_a_run_that_died_while_writing_goes_on(tiny, tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
     merge(tiny.base, tiny.experts, tmp_path / "out", epochs=[1, 2], **SMALL)
     for name in tree(tmp_path / "whole"):
-        if (tmp_path / "whole" / name).is_file():
+        if (tmp_path / "whole" / name).is_file() and not name.endswith("fda_times.json"):
             one, two = (tmp_path / folder / name for folder in ("whole", "out"))
             assert one.read_bytes() == two.read_bytes(), name
 

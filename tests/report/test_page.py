@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -18,6 +19,7 @@ import fda_fast
 from fda_fast.cli import app
 from fda_fast.errors import InputError
 from fda_fast.report.write import write_report
+from fda_fast.times import TIMES, Times
 
 pytest.importorskip("matplotlib", reason="the plots extra is not installed")
 
@@ -84,11 +86,10 @@ def test_every_section_is_there(full: Path) -> None:
         "Projection energy",
         "Representation bias",
         "Loss landscape",
+        "Times",
         "How it was made",
-        "Not on this page",
     ]
-    # All that is missing is what no input can give.
-    assert len(re.findall(r"<li>", text.split("Not on this page")[1])) == 1
+    assert "it ends at the anchors kept, bit for bit" in text
     lead = re.search(r'<p class="lead">(.*?)</p>', text)
     assert lead is not None and "mean cosine of" in lead[1] and "Adaptation took" in lead[1]
 
@@ -124,6 +125,30 @@ def test_the_record_alone(run: Path, tmp_path: Path) -> None:
     Structure(text)
     assert "Spectrum of the anchors" in text and "<h2>Loss landscape" not in text
     assert "give --pretrained DIR and --expert NAME=DIR for each" in text
+
+
+def test_times_by_phase_and_layer(run: Path, tmp_path: Path) -> None:
+    times = Times.read(run)
+    assert list(times.phases) == ["read", "construct", "start", "adapt", "save", "write"]
+    text = write_report(run, tmp_path / "page.html").read_text()
+    part = text.split("<h2>Times")[1].split("</section>")[0]
+    machine = times.machine
+    assert f"{machine['threads']} thread" in part and f"torch {torch.__version__}" in part
+    for name, seconds in times.layers.items():
+        row = re.search(rf'<th scope="row">{re.escape(name)}</th>(.*?)</tr>', part)
+        assert row is not None
+        cells = [float(cell) for cell in re.findall(r"<td>([\d.,]+)</td>", row[1])]
+        assert cells[:-1] == pytest.approx(
+            [seconds[phase] for phase in times.phases if phase != "write"], abs=0.006
+        )
+        assert cells[-1] == pytest.approx(sum(seconds.values()), abs=0.006)
+    lost = tmp_path / "lost"
+    shutil.copytree(run, lost, ignore=shutil.ignore_patterns(TIMES))
+    text = write_report(lost, tmp_path / "page.html").read_text()
+    assert "<h2>Times" not in text and f"{TIMES} is not in the folder" in text
+    (lost / TIMES).write_text("[]")
+    with pytest.raises(InputError, match="damaged"):
+        write_report(lost, tmp_path / "page.html")
 
 
 def test_a_plain_merge_has_a_page_too(tiny, tmp_path: Path) -> None:

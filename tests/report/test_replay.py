@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,10 @@ import fda_fast
 from fda_fast.curve import Curve
 from fda_fast.errors import InputError
 from fda_fast.layerwork import first_anchors
+from fda_fast.machine import here
 from fda_fast.pipeline import read_layer
+from fda_fast.report.analyses import analyse
+from fda_fast.report.page import page
 from fda_fast.report.replay import milestones, replay
 from fda_fast.report.run import Run
 
@@ -28,15 +34,16 @@ def test_the_same_anchors_at_every_step(tiny, run: Path) -> None:
     job = opened.job(tiny.base, {path.name: path for path in tiny.experts}, "cpu")
     assert json.loads(json.dumps(job.settings.as_dict())) == opened.settings
     inputs = read_layer(job, 1)
-    tasks = list(job.experts)
-    found = replay(inputs, job.settings, tasks, {task: [0, 3, 8] for task in tasks})
-    for task in tasks:
+    for task in job.experts:
         saved = opened.saved_anchors(task, inputs.name)
         assert saved is not None
-        # To the last bits, which the size of the batch may change.
-        torch.testing.assert_close(found[task][8], saved.tensor)
+        machine = saved.settings["machine"]
+        assert machine == here(job.device) and "batch" not in saved.settings
+        steps = {task: [0, 3, 8]}
+        found = replay(inputs, job.settings, [task], steps, machine=machine)[task]
+        assert torch.equal(found[8], saved.tensor)  # bit for bit
         first = first_anchors(inputs, task, job.settings)
-        assert torch.equal(found[task][0], first)
+        assert torch.equal(found[0], first)
         made = job.settings.construct
         short = fda_fast.construct(
             inputs.pretrained,
@@ -48,8 +55,57 @@ def test_the_same_anchors_at_every_step(tiny, run: Path) -> None:
             distance=made.distance,
             progress=False,
         )
-        torch.testing.assert_close(found[task][3], short.anchors)
+        assert torch.equal(found[3], short.anchors)
     job.close()
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_as_many_threads_as_the_merge_had(tiny, tmp_path: Path, wanted: int) -> None:
+    """The page looks at a layer on the threads of the merge, whatever this process has."""
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0))
+    if wanted > max(cores, before):
+        pytest.skip(f"there are {cores} cores")
+    experts = {path.name: path for path in tiny.experts}
+    small = {"anchors": 6, "tokens": 3, "steps": 8, "epochs": 1, "progress": False}
+    try:
+        torch.set_num_threads(wanted)
+        fda_fast.merge(tiny.base, experts, tmp_path / "out", keep_anchors=True, **small)
+        torch.set_num_threads(3 - wanted)
+        opened = Run.open(tmp_path / "out")
+        job = opened.job(tiny.base, experts, "cpu")
+        (layer,) = analyse(opened, job, indices=[0]).layers
+        assert torch.get_num_threads() == 3 - wanted
+        job.close()
+    finally:
+        torch.set_num_threads(before)
+    assert opened.times.machine["threads"] == wanted
+    assert [task.drift for task in layer.tasks.values()] == [0.0] * 3
+    assert not any(task.elsewhere for task in layer.tasks.values())
+
+
+def test_a_machine_that_cannot_repeat_is_named(tiny, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "other")
+    opened = Run.open(tmp_path / "other")
+    name = opened.layers[1].layer
+    for task in opened.tasks:
+        saved = opened.saved_anchors(task, name)
+        assert saved is not None
+        machine = saved.settings["machine"] | {"device": "an abacus", "threads": 100_000}
+        moved = dataclasses.replace(
+            saved, tensor=saved.tensor * (1 + 1e-6), settings=saved.settings | {"machine": machine}
+        )
+        moved.save(tmp_path / "other" / "anchors" / task / f"{name}.safetensors")
+    job = opened.job(tiny.base, {path.name: path for path in tiny.experts}, "cpu")
+    found = analyse(opened, job, indices=[1])
+    job.close()
+    for task in found.layers[0].tasks.values():
+        assert task.drift == pytest.approx(1e-6, rel=0.5)
+        threads, device = sorted(task.elsewhere, key=len)
+        assert threads == f"threads 100000, here {torch.get_num_threads()}"
+        assert device.startswith("device an abacus, here ")
+    text = page(opened, found)
+    assert "it ends within 1e-06 of the anchors kept" in text and "device an abacus, here" in text
 
 
 def test_the_record_holds_the_curves(run: Path) -> None:
