@@ -25,6 +25,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Estimates may be this much too low; and a process grows a little by what it loads later.
 _MARGIN, _LOADED_LATER = 0.06, 48 << 20
+# What Python and torch take, rounded up: parts must not depend on a megabyte more or less of it.
+_PROGRAM = 512 << 20
 _M_MMAP_THRESHOLD, _THRESHOLD = -3, 1 << 20
 # Without a limit of the user's this share of what is free may be filled.
 _SHARE_OF_FREE = 0.85
@@ -158,7 +160,8 @@ def choose_limits(
     if gpu:
         batch, load, gpu_overlap, gpu_memory = _fit_gpu(job, load, max_gpu_memory)
     else:
-        room = _room(max_memory, floor, share=1.0) - floor
+        usual = max(floor, _PROGRAM)
+        room = _room(max_memory, usual, share=1.0) - usual
         load = _in_parts(load, room, lambda load: host_memory(job, load, overlap=False).bound)
     ahead = host_memory(job, load, overlap=True)
     if gpu_overlap and floor + ahead.bound <= _room(max_memory, floor):
