@@ -239,7 +239,7 @@ def noted(*arguments):
 budget.choose_limits = noted
 report = run(load(sys.argv[1]), sys.argv[2], progress=False,
              resources=Resources.of("cpu", max_memory=sys.argv[3]))
-print(json.dumps([report.peak_memory, planned[0].memory, planned[0].overlap, budget.peak()]))
+print(json.dumps([report.peak_memory, planned[0].memory, planned[0].overlap, planned[0].part]))
 """
 
 
@@ -277,23 +277,36 @@ def _synthetic():
     return module
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", ["pretrained", "task_arithmetic", "tsv"])
-def test_a_real_merge_keeps_its_budget_as_planned(start: str, wide: Path, tmp_path: Path) -> None:
-    limit = "1400MiB"
-    config = tmp_path / "merge.yaml"
+def merge_within(limit: str, wide: Path, folder: Path, **parameters: object) -> list:
+    """Peak, planned peak, overlap and part of a merge in a process of its own."""
+    config = folder / "merge.yaml"
     content = json.loads(wide.read_text())
-    config.write_text(
-        json.dumps({**content, "parameters": content["parameters"] | {"start": start}})
-    )
+    config.write_text(json.dumps({**content, "parameters": content["parameters"] | parameters}))
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(config), str(tmp_path / "out"), limit],
+        [sys.executable, "-c", CHILD, str(config), str(folder / "out"), limit],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    peak, planned, overlap, _ = json.loads(done.stdout)
-    assert overlap
+    found: list = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["pretrained", "task_arithmetic", "tsv"])
+def test_a_real_merge_keeps_its_budget_as_planned(start: str, wide: Path, tmp_path: Path) -> None:
+    limit = "1400MiB"
+    peak, planned, overlap, part = merge_within(limit, wide, tmp_path, start=start)
+    assert overlap and part is None
+    assert peak < parse_bytes(limit, "limit")
+    assert planned == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_real_merge_in_parts_keeps_its_budget_as_planned(wide: Path, tmp_path: Path) -> None:
+    limit = "1100MiB"
+    peak, planned, _, part = merge_within(limit, wide, tmp_path, anchors=3000, steps=1)
+    assert part is not None
     assert peak < parse_bytes(limit, "limit")
     assert planned == pytest.approx(peak, rel=0.1)
 

@@ -145,6 +145,32 @@ def test_families_at_full_size(tmp_path: Path) -> None:
     assert len(job.layers) == 80 and job.layers[0].numel == 3 * 8192 * 28672
 
 
+def test_anchors_in_parts_are_said_and_take_longer(tmp_path: Path) -> None:
+    from fda_fast.budget import host_memory, resident, workload
+    from fda_fast.reporting import console, plan_view
+
+    path = write(tmp_path, hidden_size=1024, intermediate_size=2816)
+    job = describe(path, {"anchors": 8192}, device="cpu")
+    load = dataclasses.replace(workload(job), part=2048)
+    limit = resident() + host_memory(job, load, overlap=False).bound + (256 << 20)
+    whole, split = (
+        plan_config(path, {"anchors": 8192}, resources=Resources("cpu", max_memory=m), speed=SPEED)
+        for m in (1 << 40, limit)
+    )
+    assert whole.limits.part is None and split.limits.part == 2048
+    assert split.memory_bytes < limit and split.rows[0].memory_bytes < whole.rows[0].memory_bytes
+    slower = split.rows[0].gflop_per_step / whole.rows[0].gflop_per_step
+    assert slower == pytest.approx(1 + 0.75 * (8 / 3) / 8.5)
+    said = []
+    for made in (whole, split):
+        printer = console()
+        with printer.capture() as text:
+            printer.print(plan_view(made))
+        said.append(text.get())
+    assert "anchors:" not in said[0]
+    assert "anchors: 2048 of 8192 at once, in 4 parts" in said[1]
+
+
 def test_bad_configs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         plan_config(tmp_path / "config.json", {})
