@@ -21,7 +21,8 @@ class Case:
         tasks: K, constructed together.
         published_grads: "both" if the published loop also accumulates gradients of the
             fine-tuned layer's weights (vision, NLU), "pretrained" if not (NLG).
-        width, rows: d and n * T.
+        checked: anchors whose dL/dX is held against float64; None for all. Double backward of
+            the largest case in float64 would take 69 GB with all of them.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Case:
     shape: tuple[int, ...]
     tasks: int = 1
     published_grads: str = "both"
+    checked: int | None = None
 
 
 def bert(hidden: int, heads: int, inner: int) -> nn.Module:
@@ -79,7 +81,7 @@ CASES = {
         Case("roberta_base_layer_x8", lambda: roberta(768, 12, 3072), (64, 5, 768), 8),
         Case("vit_l14_block", lambda: clip(1024, 16, 4096), (64, 257, 1024)),
         Case("llama2_13b_mlp", lambda: llama_mlp(5120, 13824), (8192, 5120), 1, "pretrained"),
-        Case("llama_70b_mlp", lambda: llama_mlp(8192, 28672), (8192, 8192), 1, "pretrained"),
+        Case("llama_70b_mlp", lambda: llama_mlp(8192, 28672), (8192, 8192), 1, "pretrained", 2048),
     ]
 }
 CPU_CASES = [
@@ -105,23 +107,23 @@ def make(
 ) -> tuple[nn.Module, list[nn.Module], Tensor]:
     """Pretrained layer, K fine-tuned ones with |tau|/|theta| = ``ratio``, anchors [K, n, (T,) d].
 
-    The same draws for every device and dtype: float64 holds exactly the float32 weights, so that
-    it can serve as the oracle.
+    Drawn on the device itself: the processor would take longer for the largest layers than the
+    card for all that is measured. The same draws for every dtype: float64 holds exactly the
+    float32 weights, so that it can serve as the oracle.
     """
     torch.manual_seed(0)
-    pretrained = case.build().eval()
-    with torch.no_grad():
+    with torch.device(device), torch.no_grad():
+        pretrained = case.build().eval()
         for p in pretrained.parameters():
             if p.dim() == 1:  # biases start at 0 and norms at 1; trained ones do not stay there
                 p.add_(0.02 * torch.randn_like(p))
-    finetuned = []
-    for _ in range(case.tasks):
-        layer = copy.deepcopy(pretrained)
-        with torch.no_grad():
+        finetuned = []
+        for _ in range(case.tasks):
+            layer = copy.deepcopy(pretrained)
             for p in layer.parameters():
                 step = torch.randn_like(p)
                 p.add_(step * (ratio * p.norm() / step.norm()))
-        finetuned.append(layer)
-    anchors = 0.05 * torch.randn(case.tasks, *case.shape)
-    place = [layer.to(device, dtype) for layer in (pretrained, *finetuned)]
-    return place[0], place[1:], anchors.to(device, dtype)
+            finetuned.append(layer)
+        anchors = 0.05 * torch.randn(case.tasks, *case.shape)
+    place = [layer.to(dtype) for layer in (pretrained, *finetuned)]
+    return place[0], place[1:], anchors.to(dtype)

@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from products import operands, product_flops
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,11 +35,10 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 # torch's allocator hands out multiples of this.
 _BLOCK = 512
-# (packet, position of the first operand)
-_PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}
 # What the launchers of the CUDA C++ kernels call.
 _LAUNCHERS = (
     "alignment_dots",
+    "alignment_evaluate",
     "alignment_mix",
     "alignment_coefficients",
     "adamw_step",
@@ -55,7 +55,8 @@ class FakeCard(TorchDispatchMode):
         accumulates: whether bfloat16 products add to float32, as torch allows since 2.10.
 
     Attributes:
-        held, peak: bytes of living tensors, and the most so far; ``peak`` may be set back.
+        held, peak: bytes of living tensors, and the most since ``reset``.
+        given: bytes that are not to be counted as a step's, for the caller to set.
         launches: names of the kernels launched, in order.
         flops: of the matrix products, a multiplication and an addition counted as two.
         products: their number, by dtype of the operands.
@@ -67,7 +68,7 @@ class FakeCard(TorchDispatchMode):
         self._accumulates = accumulates
         self._seen: dict[int, int] = {}
         self._recording = False
-        self.held = self.peak = self.flops = 0
+        self.held = self.peak = self.given = self.flops = 0
         self.launches: list[str] = []
         self.products: dict[torch.dtype, int] = {}
 
@@ -103,10 +104,7 @@ class FakeCard(TorchDispatchMode):
         if not torch.backends.cuda.is_built():
             yield _device_guard()
         functions = {f"cuda_{name}": functools.partial(self._cuda, name) for name in _LAUNCHERS}
-        chunks = {
-            "cuda_alignment_chunks": lambda rows, widths: -(-rows // max(1, 32768 // max(widths)))
-        }
-        yield mock.patch.object(_native, "load", lambda: SimpleNamespace(**functions, **chunks))
+        yield mock.patch.object(_native, "load", lambda: SimpleNamespace(**functions))
         launch = lambda name, like, *arguments: self._cuda(name, *arguments)  # noqa: E731
         for module in (adamw, alignment, call, coefficients):
             yield mock.patch.object(module, "launch", launch)
@@ -142,17 +140,22 @@ class FakeCard(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        packet = func.overloadpacket
         if self._recording:
             self._check_recordable(func, args, kwargs)
-        if packet in _PRODUCTS:
-            out = self._product(func, packet, args, kwargs)
+        if operands(func, args) is not None:
+            out = self._product(func, args, kwargs)
         else:
             out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
+            if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
                 self._count(tensor)
         return out
+
+    def reset(self) -> None:
+        """Count from here on."""
+        self.peak, self.flops = self.held, 0
+        self.launches.clear()
+        self.products.clear()
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
@@ -174,16 +177,17 @@ class FakeCard(TorchDispatchMode):
             f"{func} on a tensor of the host"
         )
 
-    def _product(self, func: Any, packet: Any, args: tuple, kwargs: dict) -> Tensor:
-        first = _PRODUCTS[packet]
-        a, b = args[first : first + 2]
+    def _product(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
+        found = operands(func, args)
+        assert found is not None
+        a, b = found
+        first = 0 if args[0] is a else 1
         assert a.dtype == b.dtype and a.device == b.device, (a, b)
-        batch = 1 if a.dim() == 2 else a.shape[0]
-        self.flops += 2 * batch * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        self.flops += product_flops(func, args)
         self.products[a.dtype] = self.products.get(a.dtype, 0) + 1
         for operand in (a, b):  # one of the strides must be 1, or cuBLAS is given a copy
             dense = 1 in operand.stride()[-2:] or 0 in operand.stride()
-            assert dense, f"{packet} of strides {operand.stride()}"
+            assert dense, f"{func} of strides {operand.stride()}"
         if func._overloadname not in ("dtype", "dtype_out"):
             return func(*args, **kwargs)
         wide = args[first + 2]

@@ -4,7 +4,7 @@ A linear layer packs several parameters along its output, [K, R, o]: segment s o
 columns. Sums are taken in two passes, each in a fixed order, so results repeat bit for bit.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -18,9 +18,12 @@ from . import launch
 CHUNK_ELEMENTS = 32768
 
 
-@lru_cache(maxsize=256)
+@cache
 def _starts(widths: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """First column of every segment and the end, int32 [S + 1], copied to the device once."""
+    """First column of every segment and the end, int32 [S + 1], copied to the device once.
+
+    Never dropped: a recorded graph reads it for as long as it lives.
+    """
     starts = [0]
     for width in widths:
         starts.append(starts[-1] + width)

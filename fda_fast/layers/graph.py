@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -134,13 +135,36 @@ def step_runner(step: Callable[[], None], device: torch.device | str) -> Callabl
     return _GraphRunner(step, device) if device.type == "cuda" else step
 
 
+class _Streams(threading.local):
+    """Streams by device, of one thread."""
+
+    def __init__(self) -> None:
+        self.known: dict[torch.device, torch.cuda.Stream] = {}
+
+
+_streams = _Streams()
+
+
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which this thread records the steps of a device; always the same.
+
+    torch keeps a workspace of the matrix library, 32 MiB on an H100, for every stream that ever
+    multiplied: a stream for each layer of a merge would add up to a gigabyte.
+    """
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device not in _streams.known:
+        _streams.known[device] = torch.cuda.Stream(device)
+    return _streams.known[device]
+
+
 class _GraphRunner:
     """One recorded step of one device."""
 
     def __init__(self, step: Callable[[], None], device: torch.device) -> None:
         self._step = step
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _recording_stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager = _EAGER_STEPS
 
@@ -171,7 +195,9 @@ class _GraphRunner:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._step()
         except RuntimeError as error:
-            _log.warning("a step cannot be recorded as a CUDA graph, running it as is: %s", error)
+            # Ending a recording that something broke raises again, and says less.
+            why = error.__context__ or error
+            _log.warning("a step cannot be recorded as a CUDA graph, running it as is: %s", why)
             self._eager = 1 << 62
             return
         self._graph = graph

@@ -72,7 +72,7 @@ def test_construction(name):
             run(card, optimiser)
             wanted = torch.bfloat16 if precision == "bf16" else torch.float32
             assert card.products[wanted] >= 0.8 * sum(card.products.values())
-    assert {"adamw_step", "alignment_dots"} <= set(card.launches)
+    assert {"adamw_step", "alignment_evaluate"} <= set(card.launches)
 
 
 @pytest.mark.parametrize("accumulates", [True, False], ids=["sums", "sums apart"])
