@@ -1,7 +1,7 @@
 """A construction step with the anchors of one expert in parts: memory and time of 1 to 16 parts.
 
     python benchmarks/bench_parts.py
-    python benchmarks/bench_parts.py --cases vit_b32_block --repeats 1
+    python benchmarks/bench_parts.py --cases vit_b32_block --repeats 1      # keeps the other rows
 
 Processor seconds of one thread, all numbers of parts in turn. Memory is what a step takes beyond
 both layers, task vectors, anchors and the optimiser's moments, in a process of its own. Beside each
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import time
 from collections.abc import Callable
@@ -20,7 +21,16 @@ from dataclasses import replace
 
 import torch
 from cases import CASES, Case, make
-from common import environment, interleaved, peak_memory, ratio, summary, write_json
+from common import (
+    RESULTS,
+    environment,
+    interleaved,
+    peak_memory,
+    ratio,
+    slug,
+    summary,
+    write_json,
+)
 
 from fda_fast import layers
 from fda_fast.layers.graph import AnchorOptimiser
@@ -55,7 +65,7 @@ def step(name: str, parts: int) -> Callable[[], None]:
     return optimiser.step
 
 
-def run(name: str, repeats: int) -> list[dict[str, object]]:
+def run(name: str, repeats: int, warmup: int) -> list[dict[str, object]]:
     case = case_of(name)
     taken = {parts: peak_memory(step, name, parts) for parts in PARTS}
     pretrained, finetuned, anchors = make(case, CHANGE)
@@ -78,6 +88,7 @@ def run(name: str, repeats: int) -> list[dict[str, object]]:
     seconds = interleaved(
         {parts: lambda parts=parts: evaluate(parts) for parts in problems},
         repeats=repeats,
+        warmup=warmup,
         clock=time.process_time,
     )
     errors = {parts: relative_error(grad, gold) for parts, grad in found.items()}
@@ -102,11 +113,14 @@ def main() -> None:
     known = ["vit_b32_block", "swiglu_1024_8192"]
     parser.add_argument("--cases", nargs="+", default=known, choices=[*known, "minilm_layer"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that are not counted")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    file = RESULTS / slug(environment()["cpu"]) / "parts.json"
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows = [row for row in before if row["case"] not in arguments.cases]
     for name in arguments.cases:
-        for row in run(name, arguments.repeats):
+        for row in run(name, arguments.repeats, arguments.warmup):
             rows.append(row)
             print(
                 f"{name:20s} {row['parts']:3d} parts {row['ms_median']:9.1f} ms "
