@@ -47,7 +47,8 @@ def shapes_of(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Any, list
 def count_ours(case: Case, precision: str, part: int | None = None) -> FakeCard:
     """A step of this package; the layers, task vectors and state included in ``peak``."""
     pretrained, finetuned, shape = shapes_of(case)
-    recipe = recognise(pretrained)  # before: it compares activations by value
+    # Outside: recognition compares by value. A block is run on a little input, an MLP is not.
+    recipe = recognise(pretrained if len(shape) == 2 else case.build().eval())
     with FakeCard() as card:
         for layer in (pretrained, *finetuned):
             put_on_card(layer)

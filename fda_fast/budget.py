@@ -258,10 +258,12 @@ def _fit_gpu(
     room = limit if limit is not None else int(_SHARE_OF_FREE * free_memory(job.device))
 
     def need(load: estimate.Workload, batch: int = 1, overlap: bool = False) -> tuple[int, str]:
-        return max(
-            (_on_gpu(estimate.layer_memory(spec, load, group=batch), overlap), spec.name)
+        precision = job.settings.precision
+        found = (
+            (estimate.layer_memory(spec, load, group=batch, gpu_precision=precision), spec.name)
             for spec in job.layers
         )
+        return max((_on_gpu(memory, overlap), name) for memory, name in found)
 
     for overlap in (True, False):
         for batch in range(load.tasks if load.optimises else 1, 0, -1):

@@ -22,6 +22,15 @@ _ROW_VALUES = {"mlp": 4.6, "block": 4.1}  # per row and (in + out) of every matr
 _ANCHOR_COPIES = 5  # anchors, best ones, two moments, gradient
 # Attention weights kept per head; heads are mostly 64 wide.
 _ATTENTION_VALUES, _HEAD = 6, 64
+# On a GPU no attention weights are kept, and bf16 holds its operands in two bytes, beside float32
+# values; tests/test_gpu_dry_run.py holds these against the tensors of a step, counted.
+_GPU_SHARED = {"fp32": 0.67, "tf32": 0.67, "bf16": 0.5}
+_GPU_TASK = {"fp32": 2.0, "tf32": 2.0, "bf16": 1.17}
+_GPU_TUNED = {"fp32": 1.0, "tf32": 1.0, "bf16": 0.18}
+_GPU_ROW_VALUES = {
+    "mlp": {"fp32": 3.65, "tf32": 3.65, "bf16": 3.95},
+    "block": {"fp32": 3.1, "tf32": 3.1, "bf16": 3.35},
+}
 # Adaptation: deltas, gradients, live weights, Adam and the result; and per coefficient vector.
 _COPIES_ADAPT, _COPIES_COEFFICIENT = 6.9, 2.0
 _ADAPT_ROW_VALUES, _TARGET_COPIES = 1.6, 2.5
@@ -157,13 +166,20 @@ def _attends(layer: Shapes, load: Workload) -> bool:
     return layer.scope == "block" and load.tokens > 1
 
 
-def construct_bytes(layer: Shapes, load: Workload, group: int = 1) -> int:
+def construct_bytes(
+    layer: Shapes, load: Workload, group: int = 1, gpu_precision: str | None = None
+) -> int:
     """What construction of ``group`` tasks in one batch holds beside the layers themselves."""
     copy, rows = parameter_bytes(layer), load.held * load.tokens
-    tuned = _COPIES_TUNED if group > 1 else 0.0
-    steps = copy * (_COPIES_SHARED + group * (_COPIES_TASK + tuned))
-    steps += FLOAT * group * rows * _widths(layer) * _ROW_VALUES[layer.scope]
-    if _attends(layer, load):
+    shared, task, tuned = _COPIES_SHARED, _COPIES_TASK, _COPIES_TUNED
+    values = _ROW_VALUES[layer.scope]
+    if gpu_precision is not None:
+        shared, task = _GPU_SHARED[gpu_precision], _GPU_TASK[gpu_precision]
+        tuned = _GPU_TUNED[gpu_precision]
+        values = _GPU_ROW_VALUES[layer.scope][gpu_precision]
+    steps = copy * (shared + group * (task + (tuned if group > 1 else 0.0)))
+    steps += FLOAT * group * rows * _widths(layer) * values
+    if _attends(layer, load) and gpu_precision is None:
         heads = max(1, layer.width // _HEAD)
         steps += FLOAT * group * rows * load.tokens * heads * _ATTENTION_VALUES
     check = copy * (_COPIES_CHECK[layer.scope] + 2 * (group - 1))
@@ -188,7 +204,12 @@ def start_bytes(layer: Shapes, load: Workload) -> int:
 
 
 def layer_memory(
-    layer: Shapes, load: Workload, *, itemsize: int = FLOAT, group: int = 1
+    layer: Shapes,
+    load: Workload,
+    *,
+    itemsize: int = FLOAT,
+    group: int = 1,
+    gpu_precision: str | None = None,
 ) -> LayerMemory:
     """Peak memory of one layer.
 
@@ -197,13 +218,15 @@ def layer_memory(
         load: the merge.
         itemsize: bytes per stored element.
         group: tasks constructed in one batch.
+        gpu_precision: of the products, "auto" meaning bf16, if the work is a GPU's; None on a CPU.
     """
     copy = parameter_bytes(layer)
+    precision = "bf16" if gpu_precision == "auto" else gpu_precision
     # Tensors stored in float32 are taken as they are; others exist in both forms while converted.
     stored = 0 if itemsize == FLOAT else 2 * itemsize * layer.numel
     work = 0
     if load.optimises:
-        work = max(construct_bytes(layer, load, group), adapt_bytes(layer, load))
+        work = max(construct_bytes(layer, load, group, precision), adapt_bytes(layer, load))
         work += FLOAT * load.tasks * load.rows * layer.width
     if load.starts or not load.optimises:
         work = max(work, start_bytes(layer, load))

@@ -263,7 +263,8 @@ def _written(job: Job, name: str) -> int:
 
 
 def _row(job: Job, spec: Any, asked: estimate.Workload, speed: Speed, limits: Limits) -> PlanRow:
-    memory = estimate.layer_memory(spec, asked, group=limits.batch)
+    precision = job.settings.precision if job.device.type == "cuda" else None
+    memory = estimate.layer_memory(spec, asked, group=limits.batch, gpu_precision=precision)
     step = estimate.construct_flop(spec, asked) / 1e9 if asked.optimises else 0.0
     seconds = 0.0
     if asked.optimises:

@@ -3,6 +3,7 @@
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import dry_run
 from bench_step import variants
 from cases import CASES, GPU_CASES
+
+from fda_fast import estimate
 
 
 def test_the_rows_are_those_of_the_targets():
@@ -51,3 +54,25 @@ def test_memory_of_the_largest_layers():
     published = dry_run.count_published(case)
     parts = dry_run.count_ours(case, "bf16", case.shape[0] // dry_run.PARTS)
     assert parts.peak - parts.given <= (published.peak - published.given) / 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "name", ["llama2_13b_mlp", "llama_70b_mlp", "vit_l14_block", "vit_b32_block"]
+)
+def test_what_a_plan_says_of_a_card(name, precision):
+    """Within a tenth of the tensors that a step holds there."""
+    case = CASES[name]
+    layer, _, (anchors, *tokens, width) = dry_run.shapes_of(case)
+    shapes = {n: tuple(p.shape) for n, p in layer.named_parameters()}
+    spec = SimpleNamespace(
+        scope="mlp" if "mlp" in name else "block",
+        shapes=shapes,
+        numel=sum(p.numel() for p in layer.parameters()),
+        width=width,
+    )
+    load = estimate.Workload(1, anchors, tokens[0] if tokens else 1, steps=1)
+    planned = estimate.construct_bytes(spec, load, gpu_precision=precision)
+    card = dry_run.count_ours(case, precision)
+    given = sum(estimate.parameter_bytes(spec) for _ in range(2))
+    assert planned == pytest.approx(card.peak - given, rel=0.1)
