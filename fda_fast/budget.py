@@ -141,7 +141,7 @@ def choose_limits(
     On the CPU tasks are always constructed one by one, which costs a few per cent of time, so that
     results do not depend on memory. On a GPU the size of a batch can change the last bits of a
     result. Where one layer with one task does not fit, its anchors are halved until it does: that
-    costs a third of the time, and can change last bits too, so it depends on ``max_memory``
+    costs up to a third of the time, and can change last bits too, so it depends on ``max_memory``
     alone, or on the memory that is free if otherwise nothing would go. A job keeps the sizes that
     it began with.
 

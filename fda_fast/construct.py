@@ -163,7 +163,7 @@ def construct(
         tolerance: see ``patience``.
         part: anchors of a task that a step holds at once. None, the default, holds all. The same
             result to rounding, from less memory: only the anchors themselves, their gradient and
-            the optimiser's moments then grow with n. A step takes about a third longer.
+            the optimiser's moments then grow with n. A step takes up to a third longer.
         progress: draw a progress bar on stderr (ignored when ``on_step`` is given).
         on_step: called after every evaluation with device tensors.
 

@@ -138,7 +138,7 @@ def plan_view(plan: Plan) -> Group:
         parts = math.ceil(made.anchors / plan.limits.part)
         lines.append(
             f"anchors: {plan.limits.part} of {made.anchors} at once, in {parts} parts, for want of "
-            "memory; that takes about a third longer"
+            "memory; that takes up to a third longer"
         )
     lines.append(f"disk: {size(plan.disk_bytes)}, the work beside the output included")
     lines += [f"note: {note}" for note in job.notes]
