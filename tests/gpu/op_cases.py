@@ -77,6 +77,12 @@ def cases(stem, draw, real):
             yield lambda m, *a, h=heads: attention(m, h, *a), (x, dx * 1e-2, g, t, S, b)
 
 
+def moved_bytes(arguments, outputs):
+    """The least that an operation moves through memory: each input read, each output written."""
+    tensors = [a for a in (*arguments, *outputs) if isinstance(a, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def convert(value, dtype):
     return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
