@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -45,12 +46,38 @@ fda::cuda::AdamArguments adam_of(const AdamTuple& a) {
           std::get<9>(a)};
 }
 
-void dots(int dtype, int64_t tasks, int64_t rows, int64_t o, const Widths& widths, Address g,
-          Address u, Address v, Address partial, Address out, Address stream) {
-  check("alignment_dots", fda::cuda::alignment_dots(
-                              dtype, tasks, rows, o, widths.size(), widths.data(),
-                              at<const void>(g), at<const void>(u), at<const void>(v),
-                              at<float>(partial), at<float>(out), stream_of(stream)));
+// (g, u or none, v or none, offset, rows, width, stride of rows, of tasks of g, of u, of v, parameter)
+using Optional = std::optional<Address>;
+using TermTuple = std::tuple<Address, Optional, Optional, int64_t, int64_t, int64_t, int64_t,
+                             int64_t, int64_t, int64_t, int64_t>;
+
+std::vector<fda::cuda::Term> terms_of(const std::vector<TermTuple>& tuples) {
+  std::vector<fda::cuda::Term> out;
+  for (const auto& [g, u, v, offset, rows, width, row, task_g, task_u, task_v, p] : tuples) {
+    out.push_back({at<const void>(g), at<const void>(u.value_or(0)), at<const void>(v.value_or(0)),
+                   u.has_value(), v.has_value(), offset, rows, width, row, task_g, task_u, task_v,
+                   p});
+  }
+  return out;
+}
+
+void dots(int dtype, int64_t tasks, int64_t parameters, const std::vector<TermTuple>& tuples,
+          Address partial, int64_t chunks, Address dots, Address stream) {
+  const auto terms = terms_of(tuples);
+  check("alignment_dots",
+        fda::cuda::alignment_dots(dtype, tasks, parameters, terms.size(), terms.data(),
+                                  at<float>(partial), chunks, at<float>(dots), stream_of(stream)));
+}
+
+void evaluate(int dtype, int64_t tasks, int64_t parameters, const std::vector<TermTuple>& tuples,
+              Address partial, int64_t chunks, Address dots, Address squares, Address active,
+              float eps, Address loss, Address cosines, Address out, Address stream) {
+  const auto terms = terms_of(tuples);
+  check("alignment_evaluate",
+        fda::cuda::alignment_evaluate(
+            dtype, tasks, parameters, terms.size(), terms.data(), at<float>(partial), chunks,
+            at<float>(dots), at<const float>(squares), at<const bool>(active), eps,
+            at<float>(loss), at<float>(cosines), at<float>(out), stream_of(stream)));
 }
 
 void mix(int dtype, int64_t tasks, int64_t rows, int64_t o, const Widths& widths,
@@ -95,14 +122,13 @@ void update(int64_t tasks, int64_t n, Address alpha, Address tau, Address grad, 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.def("cuda_alignment_chunks",
-        [](int64_t rows, const Widths& widths) {
-          return fda::cuda::alignment_chunks(rows, widths.size(), widths.data());
-        },
-        py::arg("rows"), py::arg("widths"));
-  m.def("cuda_alignment_dots", &dots, py::arg("dtype"), py::arg("tasks"), py::arg("rows"),
-        py::arg("o"), py::arg("widths"), py::arg("g"), py::arg("u"), py::arg("v"),
-        py::arg("partial"), py::arg("out"), py::arg("stream"));
+  m.def("cuda_alignment_dots", &dots, py::arg("dtype"), py::arg("tasks"), py::arg("parameters"),
+        py::arg("terms"), py::arg("partial"), py::arg("chunks"), py::arg("dots"),
+        py::arg("stream"));
+  m.def("cuda_alignment_evaluate", &evaluate, py::arg("dtype"), py::arg("tasks"),
+        py::arg("parameters"), py::arg("terms"), py::arg("partial"), py::arg("chunks"),
+        py::arg("dots"), py::arg("squares"), py::arg("active"), py::arg("eps"), py::arg("loss"),
+        py::arg("cosines"), py::arg("out"), py::arg("stream"));
   m.def("cuda_alignment_mix", &mix, py::arg("dtype"), py::arg("tasks"), py::arg("rows"),
         py::arg("o"), py::arg("widths"), py::arg("alpha"), py::arg("u"), py::arg("beta"),
         py::arg("v"), py::arg("row"), py::arg("out"), py::arg("stream"));

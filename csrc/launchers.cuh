@@ -11,6 +11,8 @@ namespace fda {
 namespace cuda {
 
 constexpr int kMaxSegments = 16;
+constexpr int kMaxTerms = 128;
+constexpr int kTermsPerLaunch = 32;
 
 // A float32 matrix [K, S] of coefficients with strides in elements.
 struct Coefficients {
@@ -18,16 +20,34 @@ struct Coefficients {
   int64_t stride_task, stride_segment;
 };
 
-// Programs of the first pass of alignment_dots, for one task and segment.
-int64_t alignment_chunks(int64_t rows, int64_t segments, const int64_t* widths);
+// <g, u> and <g, v> of one parameter, as far as wanted, over [rows, width] of each task.
+struct Term {
+  const void *g, *u, *v;
+  bool wants_u, wants_v;  // an empty tensor is at null and wanted
+  int64_t offset;  // of the first element
+  int64_t rows, width, stride_row;
+  int64_t task_g, task_u, task_v;  // strides between tasks
+  int64_t parameter;  // column of `dots` that the sums belong to
+};
 
-// out [2, K, S] = <g, u> and <g, v> over the rows and the columns of each segment.
+// Blocks of the first pass for each task.
+int64_t alignment_chunks(int64_t count, const Term* terms);
+
+// Sums of all terms; two launches for up to kTermsPerLaunch of them.
 cudaError_t alignment_dots(
-    int dtype, int64_t tasks, int64_t rows, int64_t o,
-    int64_t segments, const int64_t* widths,  // host, [S], sum o
-    const void* g, const void* u, const void* v,  // [K, R, o]
-    float* partial,  // [2, K, S, alignment_chunks]
-    float* out,  // [2, K, S]
+    int dtype, int64_t tasks, int64_t parameters,
+    int64_t count, const Term* terms,  // host; each column of each plane of dots once
+    float* partial, int64_t chunks,  // [2, K, alignment_chunks]
+    float* dots,  // [2, K, P]
+    cudaStream_t stream);
+
+// alignment_dots, and alignment_coefficients in its second launch.
+cudaError_t alignment_evaluate(
+    int dtype, int64_t tasks, int64_t parameters,
+    int64_t count, const Term* terms,
+    float* partial, int64_t chunks, float* dots,
+    const float* squares, const bool* active, float eps,
+    float* loss, float* cosines, float* coefficients,
     cudaStream_t stream);
 
 // out = alpha u + beta v + row

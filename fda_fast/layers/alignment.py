@@ -59,10 +59,9 @@ class Alignment:
         ``scale`` is what the similarity, and with it every G, was multiplied by.
         """
         gathered, self._totals = self._totals, [None] * len(self._leaves)
-        pairs = zip(self._leaves, gathered, strict=True)
-        dots = torch.cat([leaf.dots(total) for leaf, total in pairs], dim=2)
-        loss, cosines, coefficients = alignment.coefficients(
-            dots, self._squares, self._active, 1e-8 * scale
+        # Nothing here keeps the terms: a node frees its G while the others still have theirs.
+        loss, cosines, coefficients = alignment.evaluate(
+            self._terms(gathered), self._squares, self._active, 1e-8 * scale
         )
         parts = coefficients.split(self._counts, dim=2)
         for leaf, part in zip(self._leaves, parts, strict=True):
@@ -70,3 +69,14 @@ class Alignment:
         if gathered[0] is not None:
             self._directions = [leaf.direction for leaf in self._leaves]
         return loss, cosines.index_select(1, self._order)
+
+    def _terms(self, gathered: Sequence[Any]) -> list[alignment.Term]:
+        """Those of all nodes, with the parameters numbered as the layer's."""
+        found = []
+        first = 0
+        for leaf, total, count in zip(self._leaves, gathered, self._counts, strict=True):
+            for term in leaf.terms(total):
+                where = [None if p is None else p + first for p in term.where]
+                found.append(term._replace(where=where))
+            first += count
+        return found

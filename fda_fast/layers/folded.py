@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fda_fast.layers.combinators import Residual, Sequential
 from fda_fast.layers.linear import Linear
-from fda_fast.layers.norm import Norm
+from fda_fast.layers.norm import Norm, vector_term
 from fda_fast.layers.parameter import Parameter
 from fda_fast.layers.program import Node
 from fda_fast.ops import alignment, memory, norm
@@ -103,34 +103,28 @@ class NormLinear(Linear):
         R = [self._batched(g.mT, self._x_op, R_s) for g, R_s in zip(parts, before, strict=True)]
         return _Sums(R, self._G_c if total is None else total.G_c + self._G_c)
 
-    def dots(self, total: Any = None) -> Tensor:
-        """See ``Node.dots``."""
+    def terms(self, total: Any = None) -> list[alignment.Term]:
+        """See ``Node.terms``."""
         R_s, self._G_c = self.gather(None) if total is None else total
         width = self._W_plain.shape[1]
         g_b = self._G_c.squeeze(1)  # [K, o]
         self._G_gamma = self._G_c.new_zeros((g_b.shape[0], width))
         self._G_beta = g_b @ self._W_plain
-        found = []
         parts = zip(
             R_s,
             self._W_plain.split(self.widths),
             g_b.split(self.widths, dim=1),
-            self._T_s,
             strict=True,
         )
-        for R, W, g_s, T in parts:
+        for R, W, g_s in parts:
             product = torch.mul(R, W, out=memory.empty(R.shape, R))
             self._G_gamma += product.sum(1)
-            G = R.mul_(self._gamma).addcmul_(g_s.unsqueeze(2), self._beta)
-            self._G_s.append(G)
-            found.append(alignment.dots(G, T, G, [width]))
-        of_norm = [_dots(G, T) for G, T in self._norm_pairs()]
-        if self._present:
-            of_bias = alignment.dots(self._G_c, self._t_plain.unsqueeze(1), self._G_c, self.widths)
-            found += [
-                of_bias[:, :, s : s + 1] for s, bias in enumerate(self.biases) if bias is not None
-            ]
-        return torch.cat([*of_norm, *found], dim=2)
+            self._G_s.append(R.mul_(self._gamma).addcmul_(g_s.unsqueeze(2), self._beta))
+        found = [vector_term(G, T, p) for p, (G, T) in enumerate(self._norm_pairs())]
+        first = len(found)
+        of_weights = enumerate(zip(self._G_s, self._T_s, strict=True), start=first)
+        found += [alignment.Term(G, T, G, [width], [p]) for p, (G, T) in of_weights]
+        return found + self._bias_terms(self._t_plain, first + len(self.weights))
 
     def _norm_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """(G, T), each [K, i], of the norm's parameters."""
@@ -227,9 +221,3 @@ def _both(parameter: Parameter | None, like: Tensor, default: float) -> tuple[Te
     if parameter is None:
         return torch.full_like(like[0], default), torch.zeros_like(like)
     return parameter.value(), parameter.delta()
-
-
-def _dots(G: Tensor, T: Tensor) -> Tensor:
-    """[2, K, 1] of G and T [K, d]."""
-    G = G.unsqueeze(1)
-    return alignment.dots(G, T.unsqueeze(1), G, [G.shape[2]])

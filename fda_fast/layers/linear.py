@@ -23,6 +23,7 @@ only the direct form adds up.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ _FACTORED = 2
 class _Sums(NamedTuple):
     """What the alignment needs of all rows."""
 
-    along: Tensor  # [1, K, S], <G_s, T_s>
+    along: Tensor  # [K, 1, S], <G_s, T_s>
     G: Tensor  # [K, o, i]
     G_c: Any  # [K, 1, o] or None
 
@@ -254,45 +255,53 @@ class Linear(Node):
         o, i = self._W.shape
         return gram_is_cheaper(rows, i, o) if self.form == "auto" else self.form == "gram"
 
-    def _along(self) -> Tensor:
-        """<G_s, T_s> of the rows at hand, [1, K, S]."""
-        return alignment.dots(self._g, self._xT, self._xT, self.widths)[:1]
-
     def gather(self, total: _Sums | None) -> _Sums:
         """See ``Node.gather``."""
-        along, G_c = self._along(), self._G_c
+        along = alignment.dots(self._g, self._xT, self._xT, self.widths)[0].unsqueeze(1)
+        G = self._direct_G(None if total is None else total.G)
         if total is None:
-            return _Sums(along, self._batched(self._g_op.mT, self._x_op), G_c)
-        G = self._batched(self._g_op.mT, self._x_op, total.G)
-        return _Sums(total.along + along, G, None if G_c is None else total.G_c + G_c)
+            return _Sums(along, G, self._G_c)
+        G_c = None if self._G_c is None else total.G_c + self._G_c
+        return _Sums(total.along + along, G, G_c)
 
-    def dots(self, total: _Sums | None = None) -> Tensor:
-        """See ``Node.dots``."""
-        if total is None and self._use_gram(self._g.shape[1]):
-            along, squares = self._along(), self._gram_squares()
+    def terms(self, total: _Sums | None = None) -> list[alignment.Term]:
+        """See ``Node.terms``; <G_s, T_s> = <g_s, (x T^T)_s>."""
+        count = len(self.weights)
+        if total is None:
+            along = alignment.Term(self._g, self._xT, None, self.widths, range(count))
+            gram = self._use_gram(self._g.shape[1])
+            squares = self._gram_squares() if gram else self._squares(self._direct_G())
         else:
-            along, self._G, self._G_c = self.gather(None) if total is None else total
-            squares = self._squares()
-        found = [torch.cat([along, torch.cat(squares, dim=2)])]
-        if self._present:
-            of_bias = alignment.dots(self._G_c, self._t_c.unsqueeze(1), self._G_c, self.widths)
-            found += [
-                of_bias[:, :, s : s + 1] for s, bias in enumerate(self.biases) if bias is not None
-            ]
-        return torch.cat(found, dim=2) if len(found) > 1 else found[0]
+            # Summed over the parts already, so each is its own only summand.
+            one = torch.ones_like(total.along)
+            along = alignment.Term(total.along, one, None, [1] * count, range(count))
+            squares, self._G_c = self._squares(total.G), total.G_c
+        return [along, *squares, *self._bias_terms(self._t_c, count)]
 
-    def _squares(self) -> list[Tensor]:
-        """|G_s|^2, [1, K, 1] each, from G itself."""
-        parts = [part.contiguous() for part in self._G.split(self.widths, dim=1)]
-        return [alignment.dots(part, part, part, [part.shape[2]])[:1] for part in parts]
+    def _bias_terms(self, t_c: Tensor | None, first: int) -> list[alignment.Term]:
+        """Of the biases that exist, numbered from ``first``, and their task vectors [K, o]."""
+        if t_c is None:
+            return []
+        numbers = itertools.count(first)
+        where = [None if bias is None else next(numbers) for bias in self.biases]
+        return [alignment.Term(self._G_c, t_c.unsqueeze(1), self._G_c, self.widths, where)]
 
-    def _gram_squares(self) -> list[Tensor]:
-        """|G_s|^2, [1, K, 1] each, as <x x^T, g_s g_s^T>."""
-        XX = self._batched(self._x_op, self._x_op.mT)
+    def _direct_G(self, total: Tensor | None = None) -> Tensor:
+        """G = g^T x [K, o, i] of the rows at hand; added to ``total`` if given."""
+        return self._batched(self._g_op.mT, self._x_op, total)
+
+    def _squares(self, G: Tensor) -> list[alignment.Term]:
+        """|G_s|^2 from G itself."""
+        self._G = G
+        parts = enumerate(G.split(self.widths, dim=1))
+        return [alignment.Term(part, None, part, [part.shape[2]], [s]) for s, part in parts]
+
+    def _gram_squares(self) -> list[alignment.Term]:
+        """|G_s|^2 = <x x^T, g_s g_s^T>."""
+        self._XX = XX = self._batched(self._x_op, self._x_op.mT)
         parts = self._g_op.split(self.widths, dim=2)
         self._GG = [self._batched(part, part.mT) for part in parts]
-        self._XX = XX
-        return [alignment.dots(XX, GG, GG, [XX.shape[2]])[:1] for GG in self._GG]
+        return [alignment.Term(XX, None, GG, [XX.shape[2]], [s]) for s, GG in enumerate(self._GG)]
 
     def set_coefficients(self, coefficients: Tensor) -> None:
         """See ``Node.set_coefficients``; G, or g_s g_s^T, is multiplied by beta here."""

@@ -59,16 +59,12 @@ class _Elementwise(Node):
         first, second = (None if G is None else before + G for before, G in pairs)
         return first, second
 
-    def dots(self, total: tuple[Any, Any] | None = None) -> Tensor:
-        """See ``Node.dots``."""
+    def terms(self, total: tuple[Any, Any] | None = None) -> list[alignment.Term]:
+        """See ``Node.terms``."""
         if total is not None:
             self._Gw, self._Gb = total
-        found = [
-            alignment.dots(G.unsqueeze(1), T.unsqueeze(1), G.unsqueeze(1), [G.shape[1]])
-            for G, T in ((self._Gw, self._tw), (self._Gb, self._tb))
-            if G is not None
-        ]
-        return torch.cat(found, dim=2)
+        pairs = [(G, T) for G, T in ((self._Gw, self._tw), (self._Gb, self._tb)) if G is not None]
+        return [vector_term(G, T, p) for p, (G, T) in enumerate(pairs)]
 
     def set_coefficients(self, coefficients: Tensor) -> None:
         """See ``Node.set_coefficients``."""
@@ -78,6 +74,12 @@ class _Elementwise(Node):
             for G, T in ((self._Gw, self._tw), (self._Gb, self._tb))
         )
         self._Gw = self._Gb = None
+
+
+def vector_term(G: Tensor, T: Tensor, p: int) -> alignment.Term:
+    """Of parameter p [d], whose G and task vectors are [K, d]."""
+    G = G.unsqueeze(1)
+    return alignment.Term(G, T.unsqueeze(1), G, [G.shape[2]], [p])
 
 
 def _mix(coefficients: Tensor, T: Tensor, G: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ four plain sweeps, none of which records anything:
 1. ``forward``   (x, dx) -> (y, dy): the pretrained value, and the *difference* fine-tuned minus
    pretrained. The signal is that difference: it is carried as such and never rounded away.
 2. ``backward``  g_y -> g_x: the cotangents of s in the pretrained branch. Every node with
-   parameters keeps what its G needs. Then ``dots`` gives <G_p, T_p> and |G_p|^2, from which the
-   alignment forms cos_p, L and the coefficients of M_p = dL/dG_p = alpha_p T_p + beta_p G_p,
-   handed back through ``set_coefficients``.
+   parameters keeps what its G needs. Then ``terms`` says what <G_p, T_p> and |G_p|^2 are summed
+   from. The alignment sums them for all nodes at once, and forms cos_p, L and the coefficients of
+   M_p = dL/dG_p = alpha_p T_p + beta_p G_p, handed back through ``set_coefficients``.
 3. ``tangent``   t_x -> t_y: the derivative of the pretrained branch along theta_0 + eps M at
    constant input, so that <g_y, t_y> at the output is <M, G> as a function of X.
 4. ``reverse``   (S_y, b_y) -> (S_x, b_x): the reverse sweep of <M, G(X)> with M constant. b is the
@@ -42,7 +42,7 @@ d, in the dtype of the program (float32, or float64 for a program that is to be 
 
 Anchors meet only in the sums over rows that G_p are. So the rows may come in parts, of which the
 nodes hold one at a time: ``forward`` and ``backward`` of every part, ``gather`` adding up the G,
-then ``dots`` and ``set_coefficients`` once, and for every part ``forward`` and ``backward`` again,
+then ``terms`` and ``set_coefficients`` once, and for every part ``forward`` and ``backward`` again,
 with ``direction`` handed back, before its ``tangent`` and ``reverse``.
 
 Fan-out is expressed by packing: q, k and v (or gate and up), which share an input, are one
@@ -59,12 +59,13 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from fda_fast.layers.parameter import Parameter
+    from fda_fast.ops.alignment import Term
 
 
 class Node:
     """One operation of a program.
 
-    The sweeps run in the order forward, backward, (dots, set_coefficients), tangent, reverse, once
+    The sweeps run in the order forward, backward, (terms, set_coefficients), tangent, reverse, once
     each per evaluation. A node keeps the tensors its later sweeps need and drops each at its last
     use; ``release`` drops whatever is left. A node never writes into a tensor it was handed, nor
     into one it has returned: the neighbours keep references to them.
@@ -112,8 +113,8 @@ class Node:
         """
         raise NotImplementedError
 
-    def dots(self, total: Any = None) -> Tensor:
-        """[2, K, P]: <G_p, T_p> and |G_p|^2 of ``parameters()``.
+    def terms(self, total: Any = None) -> list[Term]:
+        """What <G_p, T_p> and |G_p|^2 are summed from, p counting ``parameters()``.
 
         Of the rows of the last ``backward``, or of all that ``gather`` put into ``total``, which is
         used up.

@@ -54,7 +54,7 @@ class Launchers:
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
-        if not name.startswith("cuda_") or name == "cuda_alignment_chunks":
+        if not name.startswith("cuda_"):
             return function
 
         def launch(*arguments: object) -> None:

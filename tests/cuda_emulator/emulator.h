@@ -8,7 +8,6 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -103,5 +102,12 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 
-using std::max;
-using std::min;
+// By value, as CUDA's are.
+template <typename T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}

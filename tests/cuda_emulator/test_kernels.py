@@ -23,6 +23,7 @@ from test_adamw import test_trajectory as test_adamw_trajectory  # noqa: F401
 from test_alignment import (  # noqa: F401
     test_coefficients,
     test_constant_terms_and_floors,
+    test_evaluate_is_dots_then_coefficients,
     test_segments,
 )
 from test_coefficients import test_trajectory as test_coefficients_trajectory  # noqa: F401
@@ -103,6 +104,30 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(module, draw, order
     finally:
         module.choose_order(0)
     assert all(torch.equal(a, b) for a, b in zip(in_order, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [32, 33, 128])
+def test_as_many_terms_as_there_may_be(module, draw, dtype, count):
+    shapes = [(1 + p % 3, 4 * (p % 5) + (p % 2)) for p in range(count)]
+    tensors = [[draw(dtype, p % 2, 2, *shape) for _ in range(2)] for p, shape in enumerate(shapes)]
+    squares = torch.stack([T.float().square().sum((1, 2)) for _, T in tensors], dim=1)
+    active = torch.ones(count, dtype=torch.bool)
+
+    def run(backend, dtype):
+        terms = [
+            alignment.Term(G.to(dtype), T.to(dtype), G.to(dtype), [G.shape[2]], [p])
+            for p, (G, T) in enumerate(tensors)
+        ]
+        wanted = torch.float64 if dtype == torch.float64 else torch.float32
+        return alignment.evaluate(terms, squares.to(wanted), active, backend=backend)
+
+    module.take_log()
+    found = run("cuda", dtype)
+    assert len(module.take_log()) == 1 + (count + 31) // 32
+    gold, baseline = run("torch", torch.float64), run("torch", torch.float32)
+    for o, g, b in zip(found, gold, baseline, strict=True):
+        assert_no_worse_than_torch(o, g, b)
 
 
 @pytest.mark.parametrize("terms", [1, 31, 32, 33, 100])

@@ -46,6 +46,9 @@ def test_steps_lose_no_more_than_on_the_twins(name, module, monkeypatch):
         found[backend] = construct(layer, finetuned, anchors, tokens)
     launches = Counter(kernel.split("<")[0] for kernel, *_ in module.take_log())
     assert launches["step_kernel"] == launches["record_kernel"] == STEPS
+    # Sums, cosines, loss and coefficients of all parameters of a layer; one evaluation more.
+    assert launches["sum_kernel"] == launches["finish_kernel"] == STEPS + 1
+    assert launches["coefficients_kernel"] == 0
 
     def error(backend, what):
         expected = getattr(gold, what)

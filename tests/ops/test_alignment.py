@@ -8,6 +8,7 @@ from sweeps import check, draw
 from fda_fast.errors import InputError
 from fda_fast.ops import alignment
 from fda_fast.ops.reference import alignment as twin
+from fda_fast.testing import assert_no_worse_than_torch
 
 # rows and the widths of the segments
 CASES = [(1, [1]), (5, [3, 4]), (33, [64, 1, 19]), (70, [1025]), (0, [3, 2]), (4, [0, 6])]
@@ -81,6 +82,61 @@ def test_constant_terms_and_floors(backend, device):
     assert found[1, 0, 1].item() == 0.0
     assert found[:, 0, 2].tolist() == [0.0, 0.0]
     torch.testing.assert_close(found[0, 0, 3].item(), -1e8, rtol=1e-5, atol=0)
+
+
+def layer_terms(generator, dtype):
+    """Sums of seven parameters in every form that layers hand them over in, for two tasks."""
+    g, u, G_c, t_c = (draw(generator, 2, rows, 19).to(dtype) for rows in (5, 5, 1, 1))
+    packed = draw(generator, 2, 16, 9).to(dtype)  # of which each task's parts lie apart
+    XX, GG = (draw(generator, 2, 70, 70).to(dtype) for _ in range(2))
+    one, two = packed.split([12, 4], dim=1)
+    gamma, tau = (draw(generator, 2, 1, 513).to(dtype) for _ in range(2))
+    return [
+        alignment.Term(gamma, tau, gamma, [513], [6]),
+        alignment.Term(g, u, None, [12, 4, 3], [0, 1, 2]),
+        alignment.Term(one, None, one, [9], [0]),
+        alignment.Term(two, None, two, [9], [1]),
+        alignment.Term(XX, None, GG, [70], [2]),
+        alignment.Term(G_c, t_c, G_c, [12, 4, 3], [3, None, 4]),
+        alignment.Term(gamma, gamma, gamma, [513], [5]),
+    ]
+
+
+def test_evaluate_is_dots_then_coefficients(backend, device, generator):
+    squares = draw(generator, 2, 7).square() + 1e-3
+    active = torch.arange(7) != 3
+
+    def run(backend, dtype, device):
+        generator.manual_seed(1)
+        terms = [
+            term._replace(
+                g=term.g.to(device),
+                T=None if term.T is None else term.T.to(device),
+                G=None if term.G is None else term.G.to(device),
+            )
+            for term in layer_terms(generator, dtype)
+        ]
+        return alignment.evaluate(
+            terms, squares.to(device, dtype), active.to(device), backend=backend
+        )
+
+    gold = run("torch", torch.float64, "cpu")
+    baseline = run("torch", torch.float32, "cpu")
+    for o, g, b in zip(run(backend, torch.float32, device), gold, baseline, strict=True):
+        assert_no_worse_than_torch(o, g, b)
+    # The definition, for the term that is in one piece.
+    gamma, tau = layer_terms(generator.manual_seed(1), torch.float64)[0][:2]
+    cosine = (gamma * tau).sum(2)[:, 0] / gamma.norm(dim=2)[:, 0] / squares[:, 6].double().sqrt()
+    torch.testing.assert_close(gold[1][:, 6], cosine)
+
+
+def test_every_sum_is_there_once(generator):
+    terms = layer_terms(generator, torch.float32)
+    squares, active = torch.ones(2, 7), torch.ones(7, dtype=torch.bool)
+    with pytest.raises(InputError, match="terms with T: expected one of each of 7 parameters"):
+        alignment.evaluate(terms[1:], squares, active)
+    with pytest.raises(InputError, match="terms with G: expected one of each of 7 parameters"):
+        alignment.evaluate([*terms, terms[2]], squares, active)
 
 
 def test_widths_must_cover_the_columns(backend):

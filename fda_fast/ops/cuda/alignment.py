@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fda_fast import _native
 from fda_fast.errors import InputError
-from fda_fast.ops.cuda.call import DTYPES, address, launch, strided
+from fda_fast.ops.alignment import Term
+from fda_fast.ops.cuda.call import DTYPES, address, launch, rows_of, strided
 from fda_fast.ops.memory import empty, empty_like
 
-# csrc/launchers.cuh, kMaxSegments.
+# csrc/launchers.cuh: kMaxSegments, kMaxTerms; csrc/alignment.cu: kChunkElements.
 MOST_SEGMENTS = 16
+MOST_TERMS = 128
+_CHUNK = 32768
+
+# One parameter's sums in the order of csrc/launchers.cuh, struct Term.
+_Term = tuple[int | None, ...]
 
 
 def _segments(widths: Sequence[int], columns: int) -> list[int]:
@@ -26,19 +32,62 @@ def _segments(widths: Sequence[int], columns: int) -> list[int]:
     return [*widths]
 
 
+def _terms(term: Term, tasks: int, like: Tensor) -> list[_Term]:
+    """The sums of the segments that have a parameter; dtype and device are those of ``like``."""
+    g, T, G, widths, where = term
+    shape = tasks, rows, columns = (tasks, *g.shape[1:])
+    spans = _segments(widths, columns)
+    places = [rows_of(name, x, shape, like) for name, x in (("g", g), ("T", T), ("G", G))]
+    addresses, strides = zip(*places, strict=True)
+    starts = itertools.accumulate(spans, initial=0)
+    return [
+        (*addresses, start, rows, width, columns, *strides, p)
+        for start, width, p in zip(starts, spans, where, strict=False)
+        if p is not None
+    ]
+
+
+def _partial(terms: list[_Term], tasks: int, like: Tensor) -> Tensor:
+    """Scratch [2, K, chunks] of the first pass."""
+    chunks = sum(-(-rows * width // _CHUNK) for *_, rows, width, _, _, _, _, _ in terms)
+    return empty((2, tasks, chunks), like, torch.float32)
+
+
 def dots(g: Tensor, u: Tensor, v: Tensor, widths: Sequence[int]) -> Tensor:
     """See fda_fast.ops.alignment.dots; float32 whatever the storage of g."""
-    tasks, rows, columns = g.shape
-    spans = _segments(widths, columns)
-    out = empty((2, tasks, len(spans)), g, torch.float32)
-    chunks = _native.load().cuda_alignment_chunks(rows, spans)
-    partial = empty((2, tasks, len(spans), chunks), g, torch.float32)
+    tasks, segments = g.shape[0], len(widths)
+    terms = _terms(Term(g, u, v, widths, range(segments)), tasks, g)
+    partial, out = _partial(terms, tasks, g), empty((2, tasks, segments), g, torch.float32)
     launch(
-        "alignment_dots", g, DTYPES[g.dtype], tasks, rows, columns, spans,
-        address("g", g, g.shape, g), address("u", u, g.shape, g), address("v", v, g.shape, g),
-        partial.data_ptr(), out.data_ptr(),
+        "alignment_dots", g, DTYPES[g.dtype], tasks, segments, terms,
+        partial.data_ptr(), partial.shape[2], out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+def evaluate(
+    terms: Sequence[Term], squares: Tensor, active: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See fda_fast.ops.alignment.evaluate; two launches, one more for every 32 further terms.
+
+    Args:
+        terms: of at most ``MOST_TERMS`` segments in all.
+    """
+    first = terms[0].g
+    tasks, parameters = squares.shape
+    found = [one for term in terms for one in _terms(term, tasks, first)]
+    squares, active = squares.float().contiguous(), active.contiguous()
+    partial = _partial(found, tasks, first)
+    sums, out = (empty((2, tasks, parameters), first, torch.float32) for _ in range(2))
+    loss, cosines = empty((tasks,), out), empty((tasks, parameters), out)
+    launch(
+        "alignment_evaluate", first, DTYPES[first.dtype], tasks, parameters, found,
+        partial.data_ptr(), partial.shape[2], sums.data_ptr(),
+        address("squares", squares, (tasks, parameters), out),
+        address("active", active, (parameters,), out, torch.bool), eps,
+        loss.data_ptr(), cosines.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return loss, cosines, out
 
 
 def mix(

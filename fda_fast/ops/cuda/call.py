@@ -52,6 +52,27 @@ def address(
     return tensor.data_ptr()
 
 
+def rows_of(
+    name: str, tensor: Tensor | None, shape: Sequence[int], like: Tensor
+) -> tuple[int | None, int]:
+    """Address and stride between tasks of [K, R, o], each task without gaps; None of None.
+
+    Raises:
+        InputError: it is not such a tensor in the dtype and on the device of ``like``.
+    """
+    if tensor is None:
+        return None, 0
+    fits = tensor.dtype == like.dtype and tensor.device == like.device
+    if not fits or tensor.shape != torch.Size(shape) or not tensor[:1].is_contiguous():
+        raise InputError(
+            name,
+            expected=f"{like.dtype} of shape {[*shape]} on {like.device}, each task contiguous",
+            got=f"{tensor.dtype} of shape {[*tensor.shape]}, strides {tensor.stride()}, "
+            f"on {tensor.device}",
+        )
+    return tensor.data_ptr(), tensor.stride(0)
+
+
 def strided(name: str, tensor: Tensor, shape: Sequence[int], like: Tensor) -> tuple[int, int, int]:
     """Address and strides of a float32 matrix of coefficients; any strides.
 
