@@ -374,6 +374,13 @@ def _as_input_error(
             got=SHORT.repr(value),
             fix="Gradients over layers and filters by tensor have no meaning in FDA.",
         )
+    if kind in ("model_type", "too_short") and at and at[0] == "models":
+        return InputError(
+            f"{place}: {key}",
+            expected="at least one entry `model: PATH`" if len(at) == 1 else "`model: PATH`",
+            got=SHORT.repr(value),
+            fix=f"Write `- model: {value}`." if isinstance(value, str) else rest.strip(),
+        )
     reason = first["msg"].removeprefix("Input should be ")
     return InputError(f"{place}: {key}", expected=reason, got=SHORT.repr(value), fix=rest.strip())
 

@@ -191,6 +191,7 @@ def assemble(
     notes = [*layout.notes]
     for view in experts.values():
         notes += view.notes
+    notes += _twice(experts)
     return Job(config, settings, base, experts, layout, device, notes)
 
 
@@ -238,6 +239,18 @@ def _fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
     folder = checkpoint.directory
     beside = [folder / name for name in SIDE_FILES] if folder is not None else []
     return {path.name: fingerprint(path) for path in [*paths, *beside] if path.is_file()}
+
+
+def _twice(experts: Mapping[str, ExpertView]) -> list[str]:
+    """Say which experts are one checkpoint: a slip of the list, or a way to weigh it double."""
+    first: dict[Path, str] = {}
+    notes = []
+    for name, view in experts.items():
+        path = view.expert.path
+        before = first.setdefault(path.resolve(), name) if path.exists() else name
+        if before != name:
+            notes.append(f"{name} is the same checkpoint as {before}, which counts twice")
+    return notes
 
 
 def _open(reference: str, what: str, role: str, download: bool) -> Checkpoint:

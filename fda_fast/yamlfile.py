@@ -24,6 +24,13 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], i
         if path.stat().st_size > MAX_YAML_BYTES:
             raise InputError(str(path), expected="a YAML configuration", got="a huge file")
         text = path.read_text(encoding="utf-8")
+    except IsADirectoryError:
+        raise InputError(
+            str(path),
+            expected="a YAML configuration",
+            got="a folder",
+            fix="`fda-fast plan` takes a model's folder, `fda-fast inspect` looks into any.",
+        ) from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", fix="Give the YAML configuration.") from None
     except (OSError, UnicodeDecodeError) as error:

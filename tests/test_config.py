@@ -166,3 +166,16 @@ def test_parse_takes_plain_dicts() -> None:
 def test_nearest_ignores_case_and_dashes() -> None:
     assert nearest("Task-Arithmetic", ["task_arithmetic", "tsv"]) == "task_arithmetic"
     assert nearest("zzz", ["task_arithmetic", "tsv"]) is None
+
+
+def test_entries_of_models_are_explained(tmp_path: Path) -> None:
+    for models, said in (
+        ("[]", r"models: expected at least one entry `model: PATH`, got \[\]"),
+        ("[./a]", r"models\.0: expected `model: PATH`, got './a'\. Write `- model: \./a`"),
+    ):
+        path = tmp_path / "merge.yaml"
+        path.write_text(f"merge_method: fda\nbase_model: ./base\nmodels: {models}\n")
+        with pytest.raises(InputError, match=said):
+            load(path)
+    with pytest.raises(InputError, match="expected a YAML configuration, got a folder"):
+        load(tmp_path)

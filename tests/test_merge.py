@@ -425,3 +425,18 @@ def test_misspelt_keyword_suggests_the_nearest(tiny, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cuda"):
         small_merge(tiny, tmp_path / "out", device="cuda:77")
     assert tree(tmp_path) == []
+
+
+def test_a_checkpoint_given_twice_is_said(tiny, tmp_path: Path) -> None:
+    from fda_fast.job import prepare
+
+    movie, news = tiny.experts[:2]
+    (tmp_path / "link").symlink_to(movie)
+    models = [{"model": str(path)} for path in (movie, news, tmp_path / "link")]
+    content = {"merge_method": "fda", "base_model": str(tiny.base), "models": models}
+    job = prepare(parse(content), "cpu")
+    assert job.notes[-1] == "link is the same checkpoint as movie, which counts twice"
+    job.close()
+    job = prepare(parse({**content, "models": models[:2]}), "cpu")
+    assert not [note for note in job.notes if "same checkpoint" in note]
+    job.close()

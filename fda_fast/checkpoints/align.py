@@ -240,7 +240,7 @@ def check_finite(name: str, tensor: torch.Tensor, role: str) -> None:
         return
     first = [int(i) for i in wrong.nonzero()[0]]
     raise InputError(
-        f"tensor {name!r} of the {role} has {count} values that are NaN or infinite",
+        f"tensor {name!r} of the {role} has NaN or infinite values ({count})",
         expected="finite weights",
         got=f"{tensor[tuple(first)].item()} at {first}",
         fix="The checkpoint is damaged or its training diverged",

@@ -169,8 +169,8 @@ class ModelLayout:
         unknown = [n for key, n in table.items() if key not in names.keys and n not in owned]
         if unknown:
             notes.append(
-                f"{len(unknown)} tensors of the {base.role} belong to no part of "
-                f"{type(model).__name__} and are copied as they are: {some(unknown)}"
+                f"tensors of the {base.role} that belong to no part of {type(model).__name__} are "
+                f"copied as they are: {some(unknown)}"
             )
         if tied:
             notes.append(f"tied, written once: {some(tied)}")

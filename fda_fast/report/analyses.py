@@ -172,7 +172,7 @@ def _layer(
     for task in inputs.finetuned:
         saved = run.saved_anchors(task, inputs.name)
         if saved is not None:
-            check_origin(saved, inputs, task, run.folder)
+            check_origin(saved, inputs, task, run.anchors_path(task, inputs.name))
             kept[task] = saved
         if task not in inputs.unchanged and task in done.tasks:
             steps[task] = milestones(done.tasks[task].steps or job.settings.construct.steps)

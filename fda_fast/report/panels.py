@@ -65,6 +65,8 @@ def adaptation(layers: Sequence[LayerResult], distance: str) -> str:
             curves.append([value / values[0] for value in values])
     if not curves:
         return ""
+    from matplotlib.ticker import MaxNLocator
+
     with drawing() as (canvas, axes):
         for index, curve in enumerate(curves):
             alpha = _shade(index, len(curves))
@@ -73,6 +75,7 @@ def adaptation(layers: Sequence[LayerResult], distance: str) -> str:
                 range(1, len(curve) + 1), curve, color=ACCENT, alpha=alpha, marker=marker, ms=3
             )
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("distance, first epoch = 1")
         axes.set_ylim(0, max(1.04, *map(max, curves)))
         axes.set_title("adaptation", loc="left", fontsize=11.5, color=INK)

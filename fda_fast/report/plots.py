@@ -120,8 +120,11 @@ def steps_axis(axes: Axes, label: str = "step") -> None:
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
     axes.set_xlabel(label)
     axes.set_xlim(left=0)
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter
 
+    last = axes.dataLim.x1
+    powers = [10.0**power for power in range(6) if 2 * 10**power <= last]
+    axes.xaxis.set_major_locator(FixedLocator([0.0, *powers, last]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(_no_ticks())
 

@@ -106,8 +106,13 @@ class Run:
         """The anchors that the run kept of one (layer, task)."""
         if self.anchors is None:
             return None
-        path = self.anchors / file_name(task) / f"{file_name(layer)}.safetensors"
+        path = self.anchors_path(task, layer)
         return Anchors.load(path) if path.is_file() else None
+
+    def anchors_path(self, task: str, layer: str) -> Path:
+        """The file of these anchors, if they were kept."""
+        folder = self.anchors or self.folder / "anchors"
+        return folder / file_name(task) / f"{file_name(layer)}.safetensors"
 
     def job(self, pretrained: PathLike, experts: Mapping[str, PathLike], device: str) -> Job:
         """The merge's job again, with the settings it had, on checkpoints at these paths.

@@ -82,8 +82,9 @@ def _analyses(
         given |= {"pretrained": pretrained, "experts": experts}
         names = [name for name, value in given.items() if value]
         if names:
+            lacking = "--pretrained" if pretrained is None else "--expert"
             raise InputError(
-                f"{names[0]} without the checkpoints",
+                f"the analyses that {names[0]} asks for need the checkpoints: {lacking} is missing",
                 expected="--pretrained DIR and --expert NAME=DIR for every expert",
                 got=", ".join(names),
             )

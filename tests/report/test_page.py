@@ -127,6 +127,19 @@ def test_the_record_alone(run: Path, tmp_path: Path) -> None:
     assert "give --pretrained DIR and --expert NAME=DIR for each" in text
 
 
+def test_axes_name_whole_epochs_and_the_last_step(run: Path, full: Path) -> None:
+    pictures = re.findall(r"<svg.*?</svg>", full.read_text(), re.S)
+    labels = {
+        str(re.search(r'aria-label="([^"]*)"', picture)): re.findall(r"<text[^>]*>([^<]*)", picture)
+        for picture in pictures
+    }
+    (epochs,) = (texts for name, texts in labels.items() if '"Adaptation:' in name)
+    axis = epochs[: epochs.index("epoch")]
+    assert axis and all(text.isdigit() for text in axis)
+    (energies,) = (texts for name, texts in labels.items() if "Projection energy" in name)
+    assert energies[: energies.index("step")] == ["0", "1", "8"]
+
+
 def test_times_by_phase_and_layer(run: Path, tmp_path: Path) -> None:
     times = Times.read(run)
     assert list(times.phases) == ["read", "construct", "start", "adapt", "save", "write"]
@@ -176,7 +189,9 @@ def test_what_others_wrote_is_escaped(run: Path, tmp_path: Path) -> None:
 
 def test_refusals(tiny, run: Path, texts: Path, tmp_path: Path) -> None:
     experts = {path.name: path for path in tiny.experts}
-    with pytest.raises(InputError, match="texts without the checkpoints"):
+    with pytest.raises(
+        InputError, match="texts asks for need the checkpoints: --pretrained is missing"
+    ):
         write_report(run, tmp_path / "page.html", texts=texts)
     with pytest.raises(InputError, match="layer '7'"):
         write_report(run, tmp_path / "p.html", pretrained=tiny.base, experts=experts, layers="0,7")
