@@ -34,7 +34,8 @@ from fda_fast.layers.recognise import recognise
 from fda_fast.ops import alignment, coefficients
 
 WIDTH, TOKENS, ANCHORS, TASKS = 32, 6, 8, 2
-PRECISIONS = ("fp32", "tf32", "bf16")
+# "tf32" is "fp32" there with a switch of the matrix library set.
+PRECISIONS = ("fp32", "bf16")
 CARD = torch.device("cuda", 0)
 
 
@@ -125,8 +126,10 @@ def test_autograd_engine(name, part):
             problem.evaluate(anchors)
 
 
-@pytest.mark.parametrize("distance", ["cosine", "l2"])
-@pytest.mark.parametrize("name", ["llama-mlp", "phi3", "gpt2", "clip", "dinov2", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "distance"),
+    [("llama-mlp", "l2"), ("phi3", "cosine"), ("gpt2", "l2"), ("dinov2", "cosine")],
+)
 def test_adaptation(name, distance):
     card = FakeCard()
     with entered(card, name) as (recipe, layer, finetuned, anchors):
