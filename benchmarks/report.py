@@ -322,7 +322,7 @@ def parts(result: Result) -> str:
     note = (
         "One construction step in float32. Memory is what a step takes beyond both layers, task "
         "vectors, anchors and Adam's moments; error against float64. "
-        f"({where(result)})"
+        f"{result.get('note', '')} ({where(result)})"
     )
     return f"{table(head, rows)}\n\n{note}"
 
