@@ -19,6 +19,10 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         alpha, beta = torch.randn(2, 2, len(widths), device="cuda")
         row = torch.randn(2, sum(widths), device="cuda").to(dtype)
         alignment.dots(g, u, w, widths, backend="cuda")
+        squares = torch.rand(2, len(widths), device="cuda")
+        active = torch.ones(len(widths), dtype=torch.bool, device="cuda")
+        terms = [alignment.Term(g, u, g, widths, range(len(widths)))]
+        alignment.evaluate(terms, squares, active, backend="cuda")
         alignment.mix(alpha, u, beta, w, widths, row, backend="cuda")
 for terms in (1, 33):
     alignment.coefficients(
