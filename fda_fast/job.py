@@ -279,13 +279,6 @@ def _open_expert(
     return match_expert(base, _open(path, role, role, download), layout)
 
 
-def tasks_per_batch(job: Job) -> int:
-    """How many tasks are optimised together: see ``budget.choose_limits``."""
-    from fda_fast.budget import choose_limits
-
-    return choose_limits(job).batch
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes of memory free where ``device`` computes."""
     if device.type == "cuda":
