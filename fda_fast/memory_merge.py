@@ -208,6 +208,9 @@ class _Scratch(WorkDirectory):
         for path in self.path.glob(f"anchors/*/{file_name(layer)}.safetensors"):
             path.unlink()
 
+    def save_times(self, layer: str, seconds: Mapping[str, float]) -> None:
+        """Nothing: the merge's report has them."""
+
 
 def _structure(
     pretrained: Weights, model: nn.Module | transformers.PretrainedConfig | None
