@@ -84,9 +84,9 @@ MUTANTS = {
     "an index beyond an array": Mutant(
         "alignment.cu", "alignment.cu",
         "chunk >= batch.first[s + 1]) ++s;",
-        "chunk >= 0) s += 33;",
+        "chunk >= batch.first[s + 40]) ++s;",
         dots,
-        r"alignment.cu:\d+: Index 33 out of bounds",
+        r"alignment.cu:\d+: Index 40 out of bounds",
     ),
     "no barrier between two sums": Mutant(
         "alignment.cu", "common.cuh",
