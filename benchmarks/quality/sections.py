@@ -16,6 +16,7 @@ from tables import (
     markdown,
     method_table,
     spread,
+    unpack,
 )
 
 Result = dict[str, Any]
@@ -141,9 +142,26 @@ def repeated(found: dict[str, Result], where: str) -> str:
             *map(str, same),
         ]
     )
+    one = next(iter(found.values()))
+    agreeing = [_answered_alike(one, other) for other in found.values()]
+    rows.append(["test examples answered as by the first seed of the first column, %", *agreeing])
     head = ["average accuracy, %", *(REPEATED[name] for name in found)]
     commands = "; ".join(f"`{result['command']}`" for result in found.values())
     return f"{markdown(head, rows)}\n\n{commands}. ({where})"
+
+
+def _answered_alike(one: Result, other: Result) -> str:
+    """Share of equal outcomes over all methods; nothing if the experts are other ones."""
+    hashes = [[e["sha256"] for e in r["training"]["experts"].values()] for r in (one, other)]
+    if hashes[0] != hashes[1]:
+        return ""
+    same = []
+    for row in other["rows"]:
+        first = find(one, row["method"], **{k: row[k] for k in ("init", "which") if k in row})
+        for task, sizes in other["tasks"].items():
+            a, b = (unpack(r["right"][task][0], sizes["test"]) for r in (first, row))
+            same.extend(a == b)
+    return f"{100 * statistics.fmean(map(float, same)):.2f}"
 
 
 def demo_verdicts(result: Result, where: str) -> str:
