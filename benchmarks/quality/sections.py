@@ -111,7 +111,6 @@ REPEATED = {
     "quality-vision-joint": "as above",
     "quality-vision-joint-again": "made again from nothing",
     "quality-vision-joint-experts1": "pretrained and fine-tuned with seed 1",
-    "quality-vision-joint-experts2": "pretrained and fine-tuned with seed 2",
 }
 
 
@@ -208,13 +207,7 @@ def alone(result: Result, where: str) -> str:
     ]
     means = [100 * statistics.fmean(result[column].values()) for column in columns]
     rows.append(["average", *(f"{mean:.1f}" for mean in means)])
-    head = [
-        "accuracy, %",
-        "pretrained",
-        "its anchors alone",
-        "its real activations alone",
-        "expert",
-    ]
+    head = ["accuracy, %", *(labels[column] for column in columns)]
     note = f"One task at a time. `python benchmarks/quality/alone.py {result['suite']}`. ({where})"
     return f"{markdown(head, rows)}\n\n{note}"
 
