@@ -212,33 +212,6 @@ def alone(result: Result, where: str) -> str:
     return f"{markdown(head, rows)}\n\n{note}"
 
 
-def subsets(result: Result, where: str) -> str:
-    """Share of the experts' gain that merges of few and of many tasks keep."""
-    sizes = sorted({len(row["tasks"]) for row in result["rows"]})
-    methods = max((row["scores"] for row in result["rows"]), key=len)
-    rows = []
-    for method in methods:
-        cells = []
-        for size in sizes:
-            gains = {"kept": 0.0, "all": 0.0}
-            for row in result["rows"]:
-                if len(row["tasks"]) != size or method not in row["scores"]:
-                    continue
-                for task in row["tasks"]:
-                    base = row["scores"]["pretrained"][task]
-                    gains["kept"] += row["scores"][method][task] - base
-                    gains["all"] += row["scores"]["individual experts"][task] - base
-            cells.append(f"{100 * gains['kept'] / gains['all']:.0f}" if gains["all"] else "")
-        rows.append([method, *cells])
-    head = ["gain kept, %", *(f"{n} task{'s' if n > 1 else ''}" for n in sizes)]
-    note = (
-        "Share of the experts' gain over the pretrained model, in points of accuracy summed over "
-        f"all subsets of a size. `python benchmarks/quality/subsets.py {result['suite']}`. "
-        f"({where})"
-    )
-    return f"{markdown(head, rows)}\n\n{note}"
-
-
 EVIDENCE: dict[str, tuple[str, Callable[[Result, str], str]]] = {
     "quality-text": ("quality-text", methods),
     "quality-vision": ("quality-vision", methods),
@@ -249,7 +222,6 @@ EVIDENCE: dict[str, tuple[str, Callable[[Result, str], str]]] = {
     "claims-demo": ("demo", demo_verdicts),
     "chemistry": ("quality-chemistry", chemistry),
     "alone-vision": ("quality-alone-vision", alone),
-    "subsets-vision": ("quality-subsets-vision", subsets),
     "published-vision": ("quality-vision", published),
     "published-text": ("quality-text", published),
     **{
