@@ -23,13 +23,15 @@ from typing import Any
 
 import torch
 
+from fda_fast.machine import processor
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Where numbers come from; every result file starts with it."""
     stamp: dict[str, Any] = {
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -42,16 +44,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         stamp |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return stamp
-
-
-def cpu_model() -> str:
-    """The processor's own name, e.g. "AMD EPYC 7763 64-Core Processor"."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def slug(name: str) -> str:

@@ -19,10 +19,12 @@ from typing import Any
 import methods
 import neighbours  # noqa: F401
 import torch
-from common import RESULTS, cpu_model, slug, write_json
+from common import RESULTS, slug, write_json
 from run import STARTS, Runner, load_suite
 from suite import mean
 from trajectory import KEPT
+
+from fda_fast.machine import processor
 
 
 @dataclass
@@ -89,7 +91,7 @@ class Ablation:
     """The suite, its starting points, and the settings its run chose."""
 
     def __init__(self) -> None:
-        path = RESULTS / slug(cpu_model()) / "quality-vision.json"
+        path = RESULTS / slug(processor()) / "quality-vision.json"
         if not path.exists():
             raise SystemExit(f"{path} is missing: python benchmarks/quality/run.py vision")
         result = json.loads(path.read_text())
