@@ -33,7 +33,7 @@ _GPU_ROW_VALUES = {
 }
 # Adaptation: deltas, gradients, live weights, Adam and the result; and per coefficient vector.
 _COPIES_ADAPT, _COPIES_COEFFICIENT = 6.9, 2.0
-_ADAPT_ROW_VALUES, _TARGET_COPIES = 1.6, 2.5
+_ADAPT_ROW_VALUES, _TARGET_COPIES = 2.7, 2.5
 
 # Matrix products in units of 2 * rows * in * out operations: a construction step makes 25 for the 3
 # weights of a SwiGLU MLP, 102 for the 12 units of a ViT block; an adaptation step is first order.
