@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -327,26 +327,22 @@ def parts(result: Result) -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
+def beside(result: Result, names: Iterable[str]) -> dict[str, Result]:
+    """The result files of these names from the machine of ``result``."""
+    cpu = result["environment"]["cpu"]
+    return {n: found for n in names for found in results(n) if found["environment"]["cpu"] == cpu}
+
+
 def quality(result: Result) -> str:
     """All suites of the machine side by side."""
     stamp = result["environment"]
-    suites = {
-        name: found
-        for name in sections.SUITES
-        for found in results(name)
-        if found["environment"]["cpu"] == stamp["cpu"]
-    }
-    return sections.summary(suites, f"{stamp['cpu']}; torch {stamp['torch']}; {stamp['date'][:10]}")
+    made = f"{stamp['cpu']}; torch {stamp['torch']}; {stamp['date'][:10]}"
+    return sections.summary(beside(result, sections.SUITES), made)
 
 
 def repeated(result: Result) -> str:
     """The suite whose models were trained several times, side by side."""
-    found = {
-        name: one
-        for name in sections.REPEATED
-        for one in results(name)
-        if one["environment"]["cpu"] == result["environment"]["cpu"]
-    }
+    found = beside(result, sections.REPEATED)
     return sections.repeated(found, where(result)) if len(found) > 1 else ""
 
 
