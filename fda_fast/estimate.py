@@ -28,8 +28,8 @@ _GPU_SHARED = {"fp32": 0.67, "tf32": 0.67, "bf16": 0.5}
 _GPU_TASK = {"fp32": 2.0, "tf32": 2.0, "bf16": 1.17}
 _GPU_TUNED = {"fp32": 1.0, "tf32": 1.0, "bf16": 0.18}
 _GPU_ROW_VALUES = {
-    "mlp": {"fp32": 3.65, "tf32": 3.65, "bf16": 3.95},
-    "block": {"fp32": 3.1, "tf32": 3.1, "bf16": 3.35},
+    "mlp": {"fp32": 3.65, "tf32": 3.65, "bf16": 3.6},
+    "block": {"fp32": 3.1, "tf32": 3.1, "bf16": 2.95},
 }
 # Adaptation: deltas, gradients, live weights, Adam and the result; and per coefficient vector.
 _COPIES_ADAPT, _COPIES_COEFFICIENT = 6.9, 2.0

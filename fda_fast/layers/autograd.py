@@ -385,7 +385,8 @@ def _gradient_cosine(gradient: Tensor, direction: Tensor) -> Tensor:
     """
     norm = torch.linalg.vector_norm(gradient)
     floored = norm + (norm.detach().clamp_min(EPS) - norm.detach())
-    return (gradient / floored * direction).sum()
+    # Divided last: a quotient of every element would be kept for the backward.
+    return (gradient * direction).sum() / floored
 
 
 def _choose(table: dict[str, Any], distance: str) -> Any:

@@ -92,7 +92,7 @@ class NormLinear(Linear):
     def backward(self, g: Tensor, need_input: bool) -> Tensor | None:
         """See ``Node.backward``; nothing before it has a parameter."""
         assert not need_input, "a folded norm is the first operation of a program"
-        self._g, self._g_op = g, self.precision.operand(g)
+        self._g_op = self.precision.operand(g)
         self._G_c = g.sum(1, keepdim=True)
         return None
 

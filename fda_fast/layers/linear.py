@@ -251,6 +251,16 @@ class Linear(Node):
             self._G_c = g.sum(1, keepdim=True)
         return self._shared(self._g_op, self._W) if need_input else None
 
+    def _keep_operand_of_g(self) -> None:
+        """After the dots, in bfloat16: what is formed from g is rounded for a product anyway."""
+        if self.precision.narrow:
+            self._g = None
+
+    def _values_of_g(self) -> Tensor:
+        if self._g is not None:
+            return self._g
+        return memory.empty(self._g_op.shape, self._like).copy_(self._g_op)
+
     def _use_gram(self, rows: int) -> bool:
         o, i = self._W.shape
         return gram_is_cheaper(rows, i, o) if self.form == "auto" else self.form == "gram"
@@ -269,7 +279,8 @@ class Linear(Node):
         count = len(self.weights)
         if total is None:
             along = alignment.Term(self._g, self._xT, None, self.widths, range(count))
-            gram = self._use_gram(self._g.shape[1])
+            self._keep_operand_of_g()
+            gram = self._use_gram(self._g_op.shape[1])
             squares = self._gram_squares() if gram else self._squares(self._direct_G())
         else:
             # Summed over the parts already, so each is its own only summand.
@@ -334,6 +345,7 @@ class Linear(Node):
         """See ``Node.tangent``."""
         operand = self.precision.operand
         alpha, beta, G, row = self.direction
+        self._keep_operand_of_g()
         zero = torch.zeros_like(alpha)
         out = alignment.mix(alpha, self._xT, zero, self._xT, self.widths, row)
         self._xT = None
@@ -345,7 +357,8 @@ class Linear(Node):
             if len(self.weights) == 1:
                 self._XX.mul_(beta[:, 0, None, None])
             else:
-                g_op = operand(alignment.mix(zero, self._g, beta, self._g, self.widths))
+                g = self._values_of_g()
+                g_op = operand(alignment.mix(zero, g, beta, g, self.widths))
             self._batched(operand(self._XX), g_op, out)
             self._XX = None
         if t is not None:
@@ -361,7 +374,9 @@ class Linear(Node):
             self._batched(self._g_op, G, S_x)
         else:
             self._batched(self._GG, self._x_op, S_x)
-        merged = alignment.mix(torch.ones_like(alpha), b, alpha, self._g, self.widths)
+        g, self._g = self._values_of_g(), None
+        merged = alignment.mix(torch.ones_like(alpha), b, alpha, g, self.widths)
+        del g
         self._back_T(operand(merged), S_x)
         self.release()
         return S_x, self._back_tuned(operand(b)) if need_b else None

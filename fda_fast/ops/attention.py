@@ -82,9 +82,9 @@ def forward(
         heads: the layout and the kind of attention.
         rope: (cos, sin), each [T, r] with r <= size even: rotary embedding of the first r columns
             of every q and k head, halves paired as Hugging Face's ``rotate_half``.
-        precision: ``name``, ``operand(x)``, ``matmul(a, b, out)`` and ``accumulate(out, a, b)``
+        precision: ``imitates``, ``operand(x)``, ``matmul(a, b, out)`` and ``accumulate(out, a, b)``
             over 3-D tensors, as ``layers.precision.Precision`` has them; None for plain products
-            in the dtype of x. On the CPU a precision that rounds is computed by the torch twin.
+            in the dtype of x. One that imitates a GPU on a CPU is computed by the torch twin.
         backend: "auto", "torch", "cpu", "triton" or "cuda".
 
     Returns:
@@ -106,8 +106,7 @@ def forward(
         )
     if dx is not None and dx.shape != x.shape:
         raise InputError("dx of attention", expected=list(x.shape), got=list(dx.shape))
-    rounds = precision is not None and precision.name != "fp32"
-    if rounds and x.device.type == "cpu" and backend == "auto":
+    if precision is not None and precision.imitates and backend == "auto":
         backend = "torch"
     module = dispatch.implementation("attention", x, backend)
     return module.forward(x, dx, heads, rope=rope, precision=precision)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from layer_stacks import STACKS, make_anchors, make_layers
+from precisions import PRECISIONS
 
 from fda_fast.layers.adaptation import ProgramAdaptation
 from fda_fast.layers.autograd import AutogradAdaptation
-from fda_fast.layers.precision import Precision
 
 
 def relative(a, b):
@@ -24,7 +24,7 @@ def both(stack, merged, distance, dtype=torch.float64, precision="fp32", ratio=0
         layer,
         tasks,
         distance=distance,
-        precision=Precision(precision),
+        precision=PRECISIONS[precision],
         dtype=dtype,
         merged=merged,
     )
@@ -53,7 +53,9 @@ def test_equals_autograd(stack, merged, distance):
         assert relative(ours.gradients[name], gradient) < 1e-10, name
 
 
-@pytest.mark.parametrize("precision, bound", [("tf32", 5e-3), ("bf16", 3e-2)])
+@pytest.mark.parametrize(
+    "precision, bound", [("tf32", 5e-3), ("bf16", 3e-2), ("bf16 native", 3e-2)]
+)
 @pytest.mark.parametrize("ratio", [1e-2, 1e-4])
 def test_delta_form_survives_rounding(precision, bound, ratio):
     rounded, _ = both("pre_norm", None, "l2", torch.float32, precision, ratio)

@@ -10,15 +10,15 @@ import contextlib
 import pytest
 import torch
 from layer_stacks import STACKS, make_anchors, make_layers
+from precisions import GATE, PRECISIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fda_fast.layers.autograd import AutogradProblem
 from fda_fast.layers.parameter import Materials
-from fda_fast.layers.precision import Precision, round_bf16, round_tf32
+from fda_fast.layers.precision import round_bf16, round_tf32
 from fda_fast.layers.problem import ProgramProblem
 
 RATIOS = (1e-1, 1e-2, 1e-3, 1e-4)
-BOUNDS = {"tf32": 3e-3, "bf16": 2e-2}
 TASKS, ANCHORS, TOKENS, WIDTH, HIDDEN = 1, 12, 4, 48, 96
 
 
@@ -37,7 +37,7 @@ class RoundedProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-ROUNDINGS = {"tf32": round_tf32, "bf16": round_bf16}
+ROUNDINGS = {"tf32": round_tf32, "bf16": round_bf16, "bf16 native": round_bf16}
 
 
 def relative(a, b):
@@ -54,9 +54,9 @@ def errors(stack, ratio, seed=0):
     oracle = AutogradProblem(exact_layers[0].double(), [f.double() for f in exact_layers[1]])
     exact = oracle.evaluate(anchors.double())
     found = {}
-    for precision in ("fp32", "tf32", "bf16"):
+    for precision, products in PRECISIONS.items():
         materials = Materials(
-            layer, finetuned, tokens=TOKENS, precision=Precision(precision), dtype=torch.float32
+            layer, finetuned, tokens=TOKENS, precision=products, dtype=torch.float32
         )
         program = ProgramProblem(layer.program(materials), materials).evaluate(anchors)
         found["program", precision] = relative(program.grad, exact.grad)
@@ -72,12 +72,13 @@ def errors(stack, ratio, seed=0):
 def table(stacks=tuple(STACKS), ratios=RATIOS):
     """Relative errors of dL/dX, one line per stack and ratio; returns them as well."""
     columns = [(e, p) for p in ("fp32", "tf32", "bf16") for e in ("program", "autograd")]
-    print("\n" + " " * 18 + "".join(f"{e + ' ' + p:>16}" for e, p in columns))
+    columns.append(("program", "bf16 native"))
+    print("\n" + " " * 18 + "".join(f"{e + ' ' + p:>20}" for e, p in columns))
     rows = {}
     for stack in stacks:
         for ratio in ratios:
             rows[stack, ratio] = found = errors(stack, ratio)
-            print(f"{stack:<11}{ratio:<7.0e}" + "".join(f"{found[c]:>16.1e}" for c in columns))
+            print(f"{stack:<11}{ratio:<7.0e}" + "".join(f"{found[c]:>20.1e}" for c in columns))
     return rows
 
 
@@ -89,7 +90,7 @@ def rows():
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("stack", list(STACKS))
 def test_rounded_products_keep_the_gradient(rows, stack, ratio):
-    for precision, bound in BOUNDS.items():
+    for precision, bound in GATE.items():
         assert rows[stack, ratio]["program", precision] <= bound, precision
 
 
@@ -107,8 +108,8 @@ def test_gram_form_keeps_the_gradient_as_well(stack):
     anchors = make_anchors(TASKS, ANCHORS, TOKENS, WIDTH, dtype=torch.float32)
     oracle = AutogradProblem(wide[0].double(), [f.double() for f in wide[1]])
     exact = oracle.evaluate(anchors.double())
-    for precision, bound in BOUNDS.items():
-        materials = Materials(layer, finetuned, tokens=TOKENS, precision=Precision(precision))
+    for precision, bound in GATE.items():
+        materials = Materials(layer, finetuned, tokens=TOKENS, precision=PRECISIONS[precision])
         problem = ProgramProblem(layer.program(materials, form="gram"), materials)
         assert relative(problem.evaluate(anchors).grad, exact.grad) <= bound, precision
 
@@ -144,7 +145,7 @@ def test_150_steps_end_where_float64_ends(stack):
 
     def program(precision, layer, finetuned, dtype):
         materials = Materials(
-            layer, finetuned, tokens=2, precision=Precision(precision), dtype=dtype
+            layer, finetuned, tokens=2, precision=PRECISIONS[precision], dtype=dtype
         )
         return ProgramProblem(layer.program(materials), materials)
 
@@ -152,7 +153,7 @@ def test_150_steps_end_where_float64_ends(stack):
     reference = optimise(exact, anchors.double(), 150, truth)
     start = truth.evaluate(anchors.double()).loss.item()
     assert reference < 0.8 * start
-    for precision in ("fp32", "tf32", "bf16"):
+    for precision in PRECISIONS:
         problem = program(precision, layer, finetuned, torch.float32)
         reached = optimise(problem, anchors, 150, truth)
         assert abs(reached - reference) <= 0.01 * reference, precision

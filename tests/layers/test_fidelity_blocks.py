@@ -8,16 +8,15 @@ half is plain double backward with the same rounding of every matrix product's o
 import pytest
 import torch
 from blocks import BLOCKS, in_float64, make_anchors, make_blocks
+from precisions import GATE, PRECISIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fda_fast.layers.autograd import AutogradProblem
 from fda_fast.layers.parameter import Materials
-from fda_fast.layers.precision import Precision
 from fda_fast.layers.problem import ProgramProblem
 from fda_fast.layers.recognise import recognise
 
 RATIOS = (1e-1, 1e-2, 1e-3, 1e-4)
-GATE = {"tf32": 3e-3, "bf16": 2e-2}
 WIDTH = 64
 TOKENS = 6
 
@@ -36,7 +35,7 @@ class RoundedProducts(TorchDispatchMode):
 
     def __init__(self, precision):
         super().__init__()
-        self.operand = Precision(precision).operand
+        self.operand = PRECISIONS[precision.removesuffix(" native")].operand
         self.products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -59,8 +58,8 @@ def errors(name, ratio):
     gold = oracle.evaluate(anchors.double())
     plain = AutogradProblem(layer, finetuned)
     found = {}
-    for precision in ("fp32", "tf32", "bf16"):
-        materials = Materials(layer, finetuned, tokens=TOKENS, precision=Precision(precision))
+    for precision, products in PRECISIONS.items():
+        materials = Materials(layer, finetuned, tokens=TOKENS, precision=products)
         program = ProgramProblem(recognise(layer).build(materials), materials)
         with RoundedProducts(precision) as mode:
             theirs = relative(plain.evaluate(anchors).grad, gold.grad)
@@ -77,7 +76,7 @@ def test_gate(name):
         print(f"{name:26s} {ratio:.0e}   {row}")
     for found in table.values():
         assert found["fp32"][0] <= found["fp32"][1]
-        assert found["tf32"][0] <= GATE["tf32"]
-        assert found["bf16"][0] <= GATE["bf16"]
+        for precision, bound in GATE.items():
+            assert found[precision][0] <= bound, precision
     # What the delta form is for: plain double backward has lost the signal by then.
     assert table[1e-4]["bf16"][1] > 10 * GATE["bf16"]

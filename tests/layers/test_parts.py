@@ -8,7 +8,7 @@ import pytest
 import torch
 from blocks import BLOCKS, in_float64, make_anchors, make_blocks
 from layer_stacks import STACKS, make_layers
-from test_fidelity_blocks import GATE
+from precisions import GATE, PRECISIONS
 from test_problem import HostReads
 
 from fda_fast import layers
@@ -18,7 +18,6 @@ from fda_fast.layers.autograd import AutogradAdaptation, AutogradProblem
 from fda_fast.layers.factored import attach_factors
 from fda_fast.layers.objective import Objective
 from fda_fast.layers.parameter import Materials
-from fda_fast.layers.precision import Precision
 from fda_fast.layers.problem import ProgramProblem
 from fda_fast.layers.recognise import recognise
 
@@ -34,7 +33,7 @@ def relative(a, b):
 def program(layer, finetuned, precision="fp32", tokens=TOKENS, build=None, **options):
     dtype = next(layer.parameters()).dtype
     materials = Materials(
-        layer, finetuned, tokens=tokens, precision=Precision(precision), dtype=dtype
+        layer, finetuned, tokens=tokens, precision=PRECISIONS[precision], dtype=dtype
     )
     build = build or recognise(layer).build
     return ProgramProblem(build(materials), materials, **options)
@@ -83,7 +82,7 @@ def test_rounded_products_keep_the_gradient(name):
     oracle = AutogradProblem(in_float64(layer), [in_float64(one) for one in finetuned])
     gold = oracle.evaluate(anchors.double()).grad
     plain = relative(AutogradProblem(layer, finetuned).evaluate(anchors).grad, gold)
-    for precision in ("fp32", "tf32", "bf16"):
+    for precision in PRECISIONS:
         whole = program(layer, finetuned, precision).evaluate(anchors).grad
         split = program(layer, finetuned, precision, part=3).evaluate(anchors).grad
         error = relative(split, gold)
@@ -96,7 +95,7 @@ def test_the_operands_are_rounded_in_parts_as_well():
     layer, finetuned = make_blocks("open_clip", 1, 1e-2, torch.float32)
     anchors = make_anchors(1, 4, TOKENS, torch.float32)
     exact = program(layer, finetuned, part=2).evaluate(anchors).grad
-    for precision in ("tf32", "bf16"):
+    for precision in GATE:
         rounded = program(layer, finetuned, precision, part=2).evaluate(anchors).grad
         assert relative(rounded, exact.double()) > 1e-4
 
@@ -162,14 +161,17 @@ def adaptations(distance, precision, part):
     options = dict(distance=distance, part=part)
     return [
         ProgramAdaptation(
-            layer.program, layer, tasks, precision=Precision(name), dtype=dtype, **options
+            layer.program, layer, tasks, precision=PRECISIONS[name], dtype=dtype, **options
         ),
         AutogradAdaptation(layer, tasks, **options),
     ]
 
 
 @pytest.mark.parametrize("distance", ["cosine", "l2", "l1"])
-@pytest.mark.parametrize(("precision", "tolerance"), [("float64", 1e-10), ("bf16", 2e-2)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("float64", 1e-10), ("bf16", 2e-2), ("bf16 native", 2e-2)],
+)
 def test_adaptation(distance, precision, tolerance):
     index = torch.randperm(13, generator=torch.Generator().manual_seed(0))[:11]
     wholes, splits = (adaptations(distance, precision, part) for part in (None, 3))

@@ -1,18 +1,24 @@
-"""Rounding of operands, and programs whose operands are bfloat16 tensors, as they are on CUDA."""
+"""Rounding of operands, and programs whose operands are bfloat16 tensors."""
 
 from __future__ import annotations
-
-import contextlib
 
 import pytest
 import torch
 from layer_stacks import STACKS, make_anchors, make_layers
+from precisions import PRECISIONS
 
 from fda_fast.errors import InputError
 from fda_fast.layers.autograd import AutogradProblem
 from fda_fast.layers.linear import gram_is_cheaper
 from fda_fast.layers.parameter import Materials
-from fda_fast.layers.precision import Precision, resolve, round_bf16, round_tf32
+from fda_fast.layers.precision import (
+    Precision,
+    fast_bf16,
+    multiplies_bf16,
+    resolve,
+    round_bf16,
+    round_tf32,
+)
 from fda_fast.layers.problem import ProgramProblem
 
 
@@ -46,19 +52,45 @@ def test_float64_is_never_rounded():
     assert Precision("bf16").operand(x) is x
 
 
-class OnCuda(Precision):
-    """Operands in the type a CUDA device would hold them in, multiplied here on the CPU.
+CPUINFO = "processor\t: 0\nvendor_id\t: {}\nmodel name\t: some\nflags\t\t: fpu avx512f {}\n"
 
-    The CPU cannot multiply bfloat16 into float32, so this is also the path of torch before 2.8,
-    whose results are rounded to bfloat16.
-    """
 
-    def __init__(self):
-        super().__init__("bf16")
-        self._cuda = True
+@pytest.mark.parametrize(
+    ("vendor", "flags", "expected"),
+    [
+        ("AuthenticAMD", "avx512_bf16", True),
+        ("AuthenticAMD", "avx512_vnni", False),
+        ("GenuineIntel", "avx512_bf16", False),
+        ("GenuineIntel", "avx512_bf16 amx_bf16", True),
+    ],
+)
+def test_processors_that_multiply_bfloat16(vendor, flags, expected):
+    described = CPUINFO.format(vendor, flags)
+    assert multiplies_bf16(described * 2) is expected
 
-    def active(self):
-        return contextlib.nullcontext()
+
+def test_a_machine_that_describes_itself_otherwise_imitates():
+    assert not multiplies_bf16("Features\t: fp asimd bf16\n")
+
+
+def test_the_environment_overrules_the_processor(monkeypatch):
+    for wanted, narrow in (("native", True), ("rounded", False)):
+        monkeypatch.setenv("FDA_FAST_CPU_BF16", wanted)
+        precision = Precision("bf16")
+        assert fast_bf16() is narrow is precision.narrow
+        assert precision.imitates is not narrow
+        assert precision.operand(torch.ones(2)).dtype == (
+            torch.bfloat16 if narrow else torch.float32
+        )
+    monkeypatch.setenv("FDA_FAST_CPU_BF16", "yes")
+    with pytest.raises(InputError, match="auto, native or rounded"):
+        Precision("bf16")
+
+
+def test_only_bf16_has_narrow_operands():
+    for name, precision in PRECISIONS.items():
+        assert precision.narrow == (name == "bf16 native")
+        assert precision.imitates == (name in ("tf32", "bf16"))
 
 
 @pytest.mark.parametrize("form", ["direct", "gram"])
@@ -71,7 +103,7 @@ def test_operands_in_bfloat16(stack, tasks, form):
     anchors = make_anchors(tasks, 12, 4, 48, dtype=torch.float32)
     oracle = AutogradProblem(wide[0].double(), [f.double() for f in wide[1]])
     exact = oracle.evaluate(anchors.double())
-    materials = Materials(layer, finetuned, tokens=4, precision=OnCuda())
+    materials = Materials(layer, finetuned, tokens=4, precision=PRECISIONS["bf16 native"])
     ours = ProgramProblem(layer.program(materials, form=form), materials).evaluate(anchors)
     assert ours.grad.dtype == torch.float32
     assert (ours.grad - exact.grad).norm() <= 2e-2 * exact.grad.norm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from layer_stacks import ACTIVATIONS, STACKS, make_anchors, make_layers
+from precisions import PRECISIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fda_fast.layers.autograd import AutogradProblem
@@ -82,12 +83,13 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "bf16 native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", list(STACKS))
-def test_nothing_waits_for_the_device_and_nothing_is_kept(kind, dtype):
+def test_nothing_waits_for_the_device_and_nothing_is_kept(kind, dtype, precision):
     layer, finetuned = make_layers(kind, tasks=2, ratio=0.1, dtype=dtype)
     anchors = make_anchors(2, 7, 4, 12, dtype=dtype)
-    materials = Materials(layer, finetuned, tokens=4, precision=Precision("bf16"), dtype=dtype)
+    materials = Materials(layer, finetuned, tokens=4, precision=PRECISIONS[precision], dtype=dtype)
     root = layer.program(materials)
     problem = ProgramProblem(root, materials)
     problem.evaluate(anchors)

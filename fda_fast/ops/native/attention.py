@@ -1,7 +1,7 @@
 """Attention over short sequences in C++, one head at a time in the cache; see ops.attention.
 
-Long sequences, a softcap, or products of reduced precision are left to the PyTorch twin, whose
-products are the BLAS library's.
+Long sequences, a softcap, or products that imitate a GPU's are left to the PyTorch twin, whose
+products are the BLAS library's. Native bfloat16 is for them alone: a short head stays in float32.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def forward(
     """See fda_fast.ops.attention.forward."""
     tokens = x.shape[1]
     scores = tokens * tokens * (heads.query // heads.key_value)
-    full = precision is None or precision.name == "fp32"
+    full = precision is None or not precision.imitates
     if not full or heads.softcap is not None or scores > LARGEST_SCORES or not x.numel():
         return twin.forward(x, dx, heads, rope=rope, precision=precision)
     sweeps = Sweeps(x, dx, heads, rope)
