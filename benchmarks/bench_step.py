@@ -25,6 +25,8 @@ from peers import ENGINES, PEER_TF32, tf32
 from products import product_flops
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fda_fast.layers.precision import fast_bf16
+
 RATIOS = (1e-1, 1e-2, 1e-3, 1e-4)
 
 
@@ -38,6 +40,8 @@ def variants(device: str, compile_peer: bool) -> list[tuple[str, str, str]]:
             ("fda_fast", "fp32", "torch"),
             ("fda_fast", "fp32", ""),
         ]
+        if fast_bf16():
+            found += [("compiled", "bf16", ""), ("fda_fast", "bf16", "")]
     else:
         # The compiled peer last: its compiler takes the longest.
         found = [("fda_fast", p, "") for p in ("bf16", "tf32", "fp32")]
@@ -194,22 +198,26 @@ def run(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def fidelity(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Error of dL/dX by precision and ratio; the CPU rounds operands as a card would."""
+    """Error of dL/dX by precision and ratio; what a CPU lacks is rounded as a card would."""
+    engines = [("autograd", "fp32", "")]
+    if fast_bf16():
+        engines += [("compiled", "bf16", "")]
+    engines += [("fda_fast", precision, "") for precision in ("fp32", "tf32", "bf16")]
     rows = []
     for share in RATIOS:
         gold = oracle(case, share, options.device)
         anchors = make(case, share, options.device)[2]
-        for variant in [("autograd", "fp32", "")] + [
-            ("fda_fast", precision, "") for precision in ("fp32", "tf32", "bf16")
-        ]:
+        for variant in engines:
             engine = Variant(case, variant, share, options.device)
+            with engine.uncompiled():
+                error = engine.error(case, anchors, gold)
             rows.append(
                 {
                     "case": case.name,
                     "engine": variant[0],
                     "precision": variant[1],
                     "ratio": share,
-                    "grad_rel_error": engine.error(case, anchors, gold),
+                    "grad_rel_error": error,
                 }
             )
     return rows

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fda_fast.layers.precision import fast_bf16
 from fda_fast.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +35,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "bf16": "native" if fast_bf16() else "rounded",
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

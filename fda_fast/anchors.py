@@ -226,7 +226,9 @@ class Anchors:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 names = list(file.keys())
-                tensor = file.get_tensor(_TENSOR) if _TENSOR in names else None
+                # Memory of its own: a mapped file's has no alignment, on which the last bits of a
+                # product can depend (seen: MKL on AMD).
+                tensor = file.get_tensor(_TENSOR).clone() if _TENSOR in names else None
         except (SafetensorError, OSError) as error:
             raise InputError(f"{name} is unreadable", got=str(error)) from error
         version = metadata.get("format_version")

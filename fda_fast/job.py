@@ -22,6 +22,7 @@ from fda_fast.conditional import layer_positions
 from fda_fast.config import MergeConfig
 from fda_fast.errors import InputError
 from fda_fast.hub import fetch_configuration
+from fda_fast.layers.precision import fast_bf16
 from fda_fast.machine import backends
 from fda_fast.presets import Scope
 from fda_fast.references import locate, look_up, remote, split_reference
@@ -116,8 +117,15 @@ class Job:
                 "transformers": transformers.__version__,
             },
             "backends": backends(),
+            **self._arithmetic(),
             **(extra or {}),
         }
+
+    def _arithmetic(self) -> dict[str, str]:
+        """How bf16 is computed, which on processors is not one thing."""
+        if self.settings.precision != "bf16" or self.device.type != "cpu":
+            return {}
+        return {"bf16": "native" if fast_bf16() else "rounded"}
 
     def close(self) -> None:
         """Release what the checkpoints hold."""
@@ -192,6 +200,7 @@ def assemble(
     for view in experts.values():
         notes += view.notes
     notes += _twice(experts)
+    notes += _faster(settings, device)
     return Job(config, settings, base, experts, layout, device, notes)
 
 
@@ -239,6 +248,17 @@ def _fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
     folder = checkpoint.directory
     beside = [folder / name for name in SIDE_FILES] if folder is not None else []
     return {path.name: fingerprint(path) for path in [*paths, *beside] if path.is_file()}
+
+
+def _faster(settings: Settings, device: torch.device) -> list[str]:
+    """That this processor could construct faster than it was asked to."""
+    asked = settings.optimises and settings.precision == "auto" and settings.engine != "autograd"
+    if not asked or device.type != "cpu" or not fast_bf16():
+        return []
+    return [
+        "this processor multiplies bfloat16 faster than float32: with precision bf16 construction "
+        "takes about half the time"
+    ]
 
 
 def _twice(experts: Mapping[str, ExpertView]) -> list[str]:

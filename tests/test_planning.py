@@ -53,6 +53,27 @@ def test_numbers_of_a_block(tiny, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("processor", "precision", "said"),
+    [("native", "auto", True), ("native", "fp32", False), ("rounded", "auto", False)],
+)
+def test_says_where_bf16_would_be_faster(
+    tiny, tmp_path: Path, monkeypatch, processor: str, precision: str, said: bool
+) -> None:
+    monkeypatch.setenv("FDA_FAST_CPU_BF16", processor)
+    notes = plan(tiny, tmp_path, precision=precision).job.notes
+    assert any("precision bf16" in note for note in notes) == said
+
+
+def test_a_job_in_bf16_knows_how_its_products_are_made(tiny, tmp_path: Path, monkeypatch) -> None:
+    found = []
+    for how in ("native", "rounded"):
+        monkeypatch.setenv("FDA_FAST_CPU_BF16", how)
+        found.append(plan(tiny, tmp_path, precision="bf16").job.identity("merge"))
+    assert [one["bf16"] for one in found] == ["native", "rounded"]
+    assert "bf16" not in plan(tiny, tmp_path).job.identity("merge")
+
+
 def test_more_of_everything_takes_more(tiny, tmp_path: Path) -> None:
     small, long = plan(tiny, tmp_path, steps=100, epochs=1), plan(tiny, tmp_path, steps=200)
     steps = 100 * small.rows[0].gflop_per_step * SPEED.construct_step
