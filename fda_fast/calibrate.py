@@ -51,7 +51,7 @@ class Speed:
         prepare: seconds per byte of a float32 layer: conversion, checks, hashes.
         start: seconds per operation of the starting point, None without one.
         read, write: bytes a second.
-        assumed: whether ``read`` and ``write`` are assumptions.
+        assumed_read, assumed_write: whether that rate is an assumption.
         gflops: 10^9 operations a second that the construction step reached.
     """
 
@@ -64,7 +64,8 @@ class Speed:
     start: float
     read: float
     write: float
-    assumed: bool
+    assumed_read: bool
+    assumed_write: bool
     gflops: float
 
 
@@ -99,7 +100,7 @@ def calibrate(job: Job, load: estimate.Workload, output: Path | None = None) -> 
     adapt_setup, adapt_step = _time_adaptation(job, load, spec, layer, tuned)
     batch = min(load.batch_size, load.tasks * load.anchors)
     adapt_flop = estimate.adapt_flop(spec, replace(load, tasks=1, anchors=batch))
-    read, write, assumed = _time_files(job, output)
+    read, write = _time_read(job), _time_write(output)
     return Speed(
         layer=getattr(spec, "name", ""),
         construct_step=1e9 * step / flop,
@@ -108,9 +109,10 @@ def calibrate(job: Job, load: estimate.Workload, output: Path | None = None) -> 
         adapt_setup=adapt_setup / spec.numel,
         prepare=prepare,
         start=_time_start(job, load) if load.starts else 0.0,
-        read=read,
-        write=write,
-        assumed=assumed,
+        read=read or ASSUMED_READ,
+        write=write or ASSUMED_WRITE,
+        assumed_read=read is None,
+        assumed_write=write is None,
         gflops=flop / step / 1e9,
     )
 
@@ -312,24 +314,27 @@ def _time_start(job: Job, load: estimate.Workload) -> float:
     return (time.perf_counter() - begun) / start_flop(small, load.tasks)
 
 
-def _time_files(job: Job, output: Path | None) -> tuple[float, float, bool]:
-    """Bytes a second from the base's files, and to the disk of the output."""
-    read, write, assumed = ASSUMED_READ, ASSUMED_WRITE, True
+def _time_read(job: Job) -> float | None:
+    """Bytes a second from the base's files; None where they are not here."""
     name = max(job.base.names, key=lambda name: job.base.names[name].nbytes)
     info = job.base.names[name]
-    if job.base.directory is not None and info.file.is_file():
+    if job.base.directory is None or not info.file.is_file():
+        return None
+    begun = time.perf_counter()
+    with open(info.file, "rb", buffering=0) as stream:
+        got = len(stream.read(_FILE_SAMPLE))
+    return got / max(1e-6, time.perf_counter() - begun)
+
+
+def _time_write(output: Path | None) -> float | None:
+    """Bytes a second to the disk of the output; None where nobody has said which."""
+    if output is None:
+        return None
+    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
+    content = bytes(_FILE_SAMPLE)
+    with tempfile.TemporaryFile(dir=folder) as file:
         begun = time.perf_counter()
-        with open(info.file, "rb", buffering=0) as stream:
-            got = len(stream.read(_FILE_SAMPLE))
-        read = got / max(1e-6, time.perf_counter() - begun)
-        assumed = output is None
-    if output is not None:
-        folder = next(parent for parent in output.absolute().parents if parent.is_dir())
-        content = bytes(_FILE_SAMPLE)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            begun = time.perf_counter()
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            write = _FILE_SAMPLE / max(1e-6, time.perf_counter() - begun)
-    return read, write, assumed
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        return _FILE_SAMPLE / max(1e-6, time.perf_counter() - begun)

@@ -14,7 +14,7 @@ import torch
 
 from fda_fast import estimate
 from fda_fast.budget import Limits, choose_limits, workload
-from fda_fast.calibrate import Speed, calibrate, start_flop
+from fda_fast.calibrate import ASSUMED_READ, ASSUMED_WRITE, Speed, calibrate, start_flop
 from fda_fast.config import MergeConfig, load, parse
 from fda_fast.errors import InputError
 from fda_fast.job import Job, assemble, choose_device, prepare
@@ -253,7 +253,7 @@ def plan_job(job: Job, limits: Limits, opening: float, speed: Speed) -> Plan:
 def _calibrated(job: Job, limits: Limits, output: Path | None) -> Speed:
     if job.settings.optimises:
         return calibrate(job, replace(workload(job), part=limits.part), output)
-    return Speed("", 0, 0, 0, 0, 0, 0, 1e9, 0.5e9, True, 0)
+    return Speed("", 0, 0, 0, 0, 0, 0, ASSUMED_READ, ASSUMED_WRITE, True, True, 0)
 
 
 def _written(job: Job, name: str) -> int:

@@ -122,10 +122,16 @@ def plan_view(plan: Plan) -> Group:
             f"time: about {clock(plan.seconds)}, of which {clock(plan.write_seconds)} to write; "
             f"measured here: {timed} at {speed.gflops:,.0f} GFLOP/s",
         ]
-    rates = f"{speed.read / 1e9:.2g} GB/s from the disk and {speed.write / 1e9:.2g} GB/s to it"
+    read, write = (
+        f"{'an assumed ' if assumed else ''}{rate / 1e9:.2g} GB/s"
+        for rate, assumed in (
+            (speed.read, speed.assumed_read),
+            (speed.write, speed.assumed_write),
+        )
+    )
     lines += [
         f"reads {size(plan.read_bytes)}, writes {size(plan.written_bytes)}, at "
-        f"{'an assumed ' if speed.assumed else ''}{rates}",
+        f"{read} from the disk and {write} to it",
         f"memory: about {size(plan.memory_bytes)} at once"
         + ("" if plan.limits.overlap else ", without reading ahead"),
     ]

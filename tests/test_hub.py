@@ -160,7 +160,7 @@ from pathlib import Path
 from fda_fast.calibrate import Speed
 from fda_fast.config import load
 from fda_fast.planning import plan_merge
-speed = Speed("", 0.02, 0.05, 1e-8, 1e-8, 1e-9, 0.0, 1e9, 5e8, True, 50.0)
+speed = Speed("", 0.02, 0.05, 1e-8, 1e-8, 1e-9, 0.0, 1e9, 5e8, True, True, 50.0)
 made = plan_merge(load(Path({!r}), {{"anchors": 4}}), speed=speed)
 print(json.dumps([[dataclasses.asdict(row) for row in made.rows], made.read_bytes,
                   made.written_bytes, made.disk_bytes, list(made.job.experts), made.job.notes]))

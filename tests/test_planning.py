@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from fda_fast.checkpoints.tensorfile import TensorFile
 from fda_fast.config import load
 from fda_fast.errors import InputError
 from fda_fast.planning import Plan, describe, is_model_config, plan_config, plan_job, plan_merge
+from fda_fast.reporting import console, plan_view
 from fda_fast.resources import Resources
 
-SPEED = Speed("", 0.02, 0.05, 1e-8, 1e-8, 1e-9, 0.0, 1e9, 5e8, True, 50.0)
+SPEED = Speed("", 0.02, 0.05, 1e-8, 1e-8, 1e-9, 0.0, 1e9, 5e8, True, True, 50.0)
 CPU = Resources("cpu")
 LLAMA = {
     "model_type": "llama",
@@ -34,6 +36,13 @@ LLAMA = {
 def plan(tiny, folder: Path, output: Path | None = None, **parameters: object) -> Plan:
     folder.mkdir(exist_ok=True)
     return plan_merge(load(tiny.config(folder, **parameters)), output, CPU, speed=SPEED)
+
+
+def view(made: Plan) -> str:
+    printer = console()
+    with printer.capture() as text:
+        printer.print(plan_view(made))
+    return text.get()
 
 
 def test_numbers_of_a_block(tiny, tmp_path: Path) -> None:
@@ -128,11 +137,23 @@ def test_calibration_times_the_layer_itself(tiny, tmp_path: Path) -> None:
     from fda_fast.budget import workload
 
     speed = calibrate(made.job, workload(made.job), tmp_path / "out")
-    assert speed.layer == "encoder.layer.0" and not speed.assumed
+    assert speed.layer == "encoder.layer.0"
+    assert not speed.assumed_read and not speed.assumed_write
     for value in (speed.construct_step, speed.adapt_step, speed.prepare, speed.start, speed.gflops):
         assert value > 0
     assert speed.write > 1e6 and speed.read > 1e6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge.yaml"]
+
+
+def test_only_rates_that_nobody_measured_are_called_assumed(tiny, tmp_path: Path) -> None:
+    """Without an output folder the base's files can still be timed, its disk cannot."""
+    config = load(tiny.config(tmp_path))
+    said = {output: view(plan_merge(config, output, CPU)) for output in (None, tmp_path / "out")}
+    assert re.search(r"at [\d.e+]+ GB/s from the disk and an assumed 0.5 GB/s to it", said[None])
+    assert "GB/s from the disk" in said[tmp_path / "out"]
+    assert "assumed" not in said[tmp_path / "out"]
+    said_of_none = view(plan_config(write(tmp_path), {}, resources=CPU))
+    assert "at an assumed 1 GB/s from the disk and an assumed 0.5 GB/s to it" in said_of_none
 
 
 def write(folder: Path, **changes: object) -> Path:
@@ -168,7 +189,6 @@ def test_families_at_full_size(tmp_path: Path) -> None:
 
 def test_anchors_in_parts_are_said_and_take_longer(tmp_path: Path) -> None:
     from fda_fast.budget import host_memory, resident, workload
-    from fda_fast.reporting import console, plan_view
 
     path = write(tmp_path, hidden_size=1024, intermediate_size=2816)
     job = describe(path, {"anchors": 8192}, device="cpu")
@@ -182,12 +202,7 @@ def test_anchors_in_parts_are_said_and_take_longer(tmp_path: Path) -> None:
     assert split.memory_bytes < limit and split.rows[0].memory_bytes < whole.rows[0].memory_bytes
     slower = split.rows[0].gflop_per_step / whole.rows[0].gflop_per_step
     assert slower == pytest.approx(1 + 0.75 * (8 / 3) / 8.5)
-    said = []
-    for made in (whole, split):
-        printer = console()
-        with printer.capture() as text:
-            printer.print(plan_view(made))
-        said.append(text.get())
+    said = [view(made) for made in (whole, split)]
     assert "anchors:" not in said[0]
     assert "anchors: 2048 of 8192 at once, in 4 parts" in said[1]
 
