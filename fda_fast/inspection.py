@@ -19,6 +19,10 @@ from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.errors import InputError
 from fda_fast.layerwork import TaskResult
 from fda_fast.work import SUFFIX
+from fda_fast.yamlfile import read_yaml
+
+_RECIPE = {"merge_method", "base_model", "models", "slices"}
+"""Keys that only a merge has."""
 
 
 def show(path: Path, console: Console | None = None) -> None:
@@ -52,7 +56,30 @@ def _describe(path: Path) -> Iterator[Table | Text]:
     elif path.is_file() and path.suffix == ".safetensors" and _is_anchors(path):
         yield from _anchors_file(path)
     else:
+        _refuse_descriptions(path)
         yield from _checkpoint(path)
+
+
+def _refuse_descriptions(path: Path) -> None:
+    """Refuse a file that describes a merge or a model and holds neither, by what it is."""
+    if path.is_dir() or path.suffix not in (".yaml", ".yml", ".json"):
+        return
+    try:
+        content, _ = read_yaml(path)  # JSON is YAML
+    except InputError:
+        return  # no description of anything: the reader of checkpoints says what it met
+    if content.keys() & _RECIPE:
+        raise InputError(
+            f"{path} is a merge recipe, not a model",
+            fix=f"`fda-fast plan {path}` says what it takes, `fda-fast merge {path} OUTPUT` does "
+            "it.",
+        )
+    if "model_type" in content:
+        raise InputError(
+            f"{path} describes a model without its weights",
+            fix=f"Give the folder with the weights; `fda-fast plan {path}` says what merging such "
+            "models takes.",
+        )
 
 
 def _snapshots(path: Path) -> list[Path]:

@@ -166,6 +166,31 @@ def test_inspect(tiny, tmp_path: Path, monkeypatch) -> None:
     assert "unfinished merge" in stdout and stdout.count("movie, news, lora") >= 2
 
 
+def test_inspect_says_what_a_file_is_that_is_no_model(tiny, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path)
+    said = {}
+    for name, content in {
+        "merge.yaml": config.read_bytes(),
+        "typo.yml": b"merge_methid: fda\nmodels: []\n",
+        "config.json": (tiny.base / "config.json").read_bytes(),
+        "other.yaml": b"a: 1\n",
+        "bad.yaml": b"a: [1\n",
+        "notes.txt": b"Remember the milk.\n",
+        "picture.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        code, stdout, said[name] = invoke("inspect", tmp_path / name)
+        assert (code, stdout) == (2, "") and "ownload" not in said[name], said[name]
+    for name in ("merge.yaml", "typo.yml"):
+        assert "is a merge recipe" in said[name]
+        assert f"`fda-fast plan {tmp_path / name}`" in said[name]
+        assert f"`fda-fast merge {tmp_path / name} OUTPUT`" in said[name]
+    assert "describes a model without its weights" in said["config.json"]
+    for name in ("other.yaml", "bad.yaml", "notes.txt"):
+        assert "got a text file" in said[name]
+    assert "got a file of another kind" in said["picture.png"]
+
+
 def test_a_diverging_adaptation_is_said_without_traceback(tiny, tmp_path: Path) -> None:
     code, _, stderr = invoke(
         "merge", tiny.config(tmp_path), tmp_path / "out", "--quiet", "--set", "adapt_lr=1e30"

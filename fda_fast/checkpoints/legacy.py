@@ -17,6 +17,8 @@ from fda_fast.checkpoints.tensorfile import TensorFile, TensorInfo, check_readab
 from fda_fast.errors import InputError
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_SUFFIXES = (".safetensors", *_PICKLES)
 
 
 def read_pickle(file: TensorFile) -> tuple[dict[str, TensorInfo], Record | None]:
@@ -93,6 +95,22 @@ def file_kind(path: Path, first: bytes) -> str:
         if first.startswith(magic):
             return kind
     # A pickle that torch.save did not write still starts with its protocol.
-    if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt") and first[:1] == b"\x80":
+    if path.suffix in _PICKLES and first[:1] == b"\x80":
         return "pickle"
+    if _is_text(first):
+        return "a text file"
+    # The first four bytes of eight hold every length of a header that there is.
+    if path.suffix not in _SUFFIXES and any(first[4:8]):
+        return "a file of another kind"
     return "safetensors"
+
+
+def _is_text(first: bytes) -> bool:
+    """Whether a file begins as text does; the length in front of a safetensors header has zeros."""
+    try:
+        text = first.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start < len(first) - 3:  # a character may be cut off at the end
+            return False
+        text = first[: error.start].decode("utf-8")
+    return bool(text) and all(c.isprintable() or c in "\n\r\t" for c in text)

@@ -180,6 +180,8 @@ def test_truncated_pickle(tmp_path: Path) -> None:
         (b"GGUF" + bytes(64), "GGUF"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"<!DOCTYPE html><html>Not found", "web page"),
+        (b"merge_method: fda\n", "a text file"),
+        ("größe: ".encode() * 9 + b"\n", "a text file"),
     ],
 )
 def test_files_of_other_kinds_are_named(tmp_path: Path, content: bytes, message: str) -> None:
