@@ -13,6 +13,7 @@ from typing import Any
 
 from fda_fast.config import MergeConfig, parse
 from fda_fast.errors import InputError
+from fda_fast.kept import note_kept
 from fda_fast.resources import Resources, Shard, device_list
 from fda_fast.work import WorkDirectory
 
@@ -60,6 +61,9 @@ def share(
             }
             workers.append(_start(order))
         _wait(workers, devices)
+    except KeyboardInterrupt as error:
+        note_kept(error, WorkDirectory(target), restart=restart)
+        raise
     finally:
         for worker in workers:
             if worker.poll() is None:

@@ -41,8 +41,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             notes = " ".join(getattr(error, "__notes__", []))
             _complain(f"{error} {notes}".strip())
             raise typer.Exit(FAILED) from None
-        except KeyboardInterrupt:
-            _complain("Interrupted. Finished work is kept; the same command goes on from there.")
+        except KeyboardInterrupt as error:
+            _complain(" ".join(["Interrupted.", *getattr(error, "__notes__", [])]))
             raise typer.Exit(INTERRUPTED) from None
 
     return run

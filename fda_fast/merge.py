@@ -16,10 +16,11 @@ from fda_fast.budget import peak
 from fda_fast.config import MergeConfig, parse
 from fda_fast.dtypes import dtype_name
 from fda_fast.errors import InputError
+from fda_fast.kept import explained
 from fda_fast.layerwork import LayerResult
 from fda_fast.progress import display
 from fda_fast.resources import Resources, device_list
-from fda_fast.work import WorkDirectory, explained
+from fda_fast.work import WorkDirectory
 
 Mode = Literal["merge", "construct", "adapt"]
 PathLike = str | os.PathLike[str]
@@ -254,11 +255,12 @@ def run(
     where = resources or Resources.of(device)
     target = Path(os.path.abspath(Path(output).expanduser()))
     check_output(target)
-    if len(device_list(where.device)) > 1:
+    shared = len(device_list(where.device)) > 1
+    if shared:
         from fda_fast.devices import share
 
         share(config, target, where, mode=mode, anchors=anchors, restart=restart, progress=progress)
-        where, restart = replace(where, device=device_list(where.device)[0]), False
+        where = replace(where, device=device_list(where.device)[0])
     job = prepare(config, where.device)
     try:
         if mode != "merge" and not job.settings.optimises:
@@ -276,9 +278,19 @@ def run(
         limits = choose_limits(job, where.max_memory, where.max_gpu_memory)
         enforce(job, where.max_memory, where.max_gpu_memory)
         shard = None if where.shard is None else str(where.shard)
-        with WorkDirectory(target) as work, display(progress) as shown, explained(work):
+        with (
+            WorkDirectory(target) as work,
+            display(progress) as shown,
+            explained(work, restart=restart),
+        ):
             identity = job.identity(mode, extra)
-            work.open(identity, batch=limits.batch, part=limits.part, restart=restart, shard=shard)
+            work.open(
+                identity,
+                batch=limits.batch,
+                part=limits.part,
+                restart=restart and not shared,
+                shard=shard,
+            )
             check_batch(work, limits)
             resolve_scale(job, work)
             for note in job.notes:

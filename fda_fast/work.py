@@ -22,7 +22,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,7 +37,6 @@ except ImportError:  # Windows has no flock; there the directory is not guarded
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".fda-work"
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class WorkDirectory:
@@ -145,8 +143,18 @@ class WorkDirectory:
         """Delete the directory if this run made it and finished nothing in it."""
         if not self._locks or not self._created:
             return
-        if not any(self.path.glob("layers/*")) and not any(self.path.glob("anchors/*/*")):
+        if not self.has_finished():
             self.remove()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the directory is this object's to work in."""
+        return bool(self._locks)
+
+    def has_finished(self) -> bool:
+        """Whether anything is there that another run need not do again."""
+        finished = ("layers/*.safetensors", "anchors/*/*.safetensors", "scale.json")
+        return any(any(self.path.glob(pattern)) for pattern in finished)
 
     def __enter__(self) -> WorkDirectory:
         return self
@@ -157,7 +165,7 @@ class WorkDirectory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError | KeyboardInterrupt):
             self.remove_if_fresh()
         self.close()
 
@@ -372,19 +380,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         for tensor in tensors.values()
     )
     write_atomically(path, len(head).to_bytes(8, "little"), head, *chunks)
-
-
-@contextmanager
-def explained(work: WorkDirectory) -> Iterator[None]:
-    """Say what a full disk means for the merge: nothing finished is lost."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise OSError(
-            error.errno,
-            f"{os.strerror(error.errno or 0)}: finished work is kept in {work.path}; make room "
-            "and run the same merge again to go on from there",
-            error.filename or str(work.path),
-        ) from error

@@ -75,43 +75,63 @@ def test_killed_at_random_times(tiny, tmp_path: Path) -> None:
     assert "killed after" in done.stdout
 
 
-def test_ctrl_c_keeps_work_and_says_so(tiny, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path, steps=5000)
+@pytest.mark.parametrize("more", [(), ("--restart",)])
+def test_ctrl_c_keeps_work_and_says_so(tiny, tmp_path: Path, more: tuple[str, ...]) -> None:
+    work = tmp_path / "out.fda-work"
+    error = ctrl_c(tiny, tmp_path, "anchors/*/*.safetensors", *more, steps=500)
+    again = " without --restart" if more else ""
+    assert error == (
+        f"error: Interrupted. Finished work is kept in {work}; the same command{again} goes on "
+        "from there.\n"
+    )
+    assert (work / "job.json").exists()
+
+
+def test_ctrl_c_before_anything_is_finished_leaves_and_promises_nothing(
+    tiny, tmp_path: Path
+) -> None:
+    assert ctrl_c(tiny, tmp_path, "layers", steps=50000) == "error: Interrupted.\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["merge.yaml"]
+
+
+def ctrl_c(tiny, folder: Path, there: str, *more: str, steps: int) -> str:
+    """What a merge says that is interrupted half a second after something is in its work."""
+    config = tiny.config(folder, steps=steps)
     process = subprocess.Popen(
-        command(config, tmp_path / "out", "--quiet"),
+        command(config, folder / "out", "--quiet", *more),
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
         # A job in the background of a script has Ctrl-C ignored, and so have its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    work = tmp_path / "out.fda-work"
-    while process.poll() is None and not (work / "layers").exists():
+    while process.poll() is None and not any((folder / "out.fda-work").glob(there)):
         time.sleep(0.01)
-    time.sleep(0.5)  # into the first layer's construction
+    time.sleep(0.5)  # into the construction of a layer
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from there" in error.decode()
-    assert "Traceback" not in error.decode()
-    assert (work / "job.json").exists()
-    assert not (tmp_path / "out").exists()
+    assert not (folder / "out").exists()
+    return error.decode()
 
 
-@pytest.mark.parametrize(("kilobytes", "left"), [(4, []), (48, ["anchors", "layers"])])
+@pytest.mark.parametrize(
+    ("kilobytes", "left"), [(2, []), (4, ["anchors"]), (48, ["anchors", "layers"])]
+)
 def test_a_full_disk_is_said_and_resumed(tiny, tmp_path: Path, kilobytes, left) -> None:
-    """A limit on file size gives the errors of a full disk: 4 kB stop the anchors, 48 the model."""
+    """A limit on file size gives a full disk's errors: 4 kB stop the layers, 48 the model."""
     config = tiny.config(tmp_path)
     limited = f"ulimit -f {kilobytes}; exec " + " ".join(command(config, tmp_path / "out", "-q"))
     failed = subprocess.run(
         ["bash", "-c", limited], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert failed.returncode == 1, failed.stderr
-    assert "finished work is kept in" in failed.stderr
+    assert "make room and run the same merge again" in failed.stderr
+    assert ("finished work is kept in" in failed.stderr) == bool(left)
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "out").exists()
     work = tmp_path / "out.fda-work"
-    for folder in left:
-        assert any((work / folder).rglob("*.safetensors"))
+    found = sorted({path.relative_to(work).parts[0] for path in work.rglob("*.safetensors")})
+    assert [folder for folder in found if folder != "output"] == left
     run(load(config), tmp_path / "out", device="cpu", progress=False)
     run(load(config), tmp_path / "whole", device="cpu", progress=False)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
