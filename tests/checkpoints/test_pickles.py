@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import lzma
@@ -33,6 +34,7 @@ from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.checkpoints.tensorfile import TensorFile
 from fda_fast.errors import InputError
 from fda_fast.layers.recognise import recognise
+from fda_fast.testing import assert_no_worse_than_torch
 
 DATA = Path(__file__).parent / "data"
 ENCODERS = ("image_encoder.pt", "image_encoder_old.pt", "image_encoder.pkl")
@@ -264,7 +266,10 @@ def test_image_blocks(encoders: Path, published: dict[str, torch.Tensor], name: 
     tensors = base.read(spec.tensors.values())
     block = layout.build(spec, {k: tensors[n] for k, n in spec.tensors.items()})
     with torch.no_grad():
-        assert torch.equal(block(published["block.x"]), published["block.y"])
+        out = block(published["block.x"])
+        gold = copy.deepcopy(block).double()(published["block.x"].double())
+    # The published values are of another processor, whose last bits this one need not give.
+    assert_no_worse_than_torch(out, gold, published["block.y"])
     assert recognise(block).family == "pre-norm block"
     # Everything that is no image block stays as it is.
     assert len(layout.outside) == len(base.names) - 2 * 12
