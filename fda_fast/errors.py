@@ -31,3 +31,8 @@ class InputError(ValueError):
             message = f"{message}. {fix}"
         super().__init__(message)
         self.what, self.expected, self.got, self.fix = what, expected, got, fix
+
+
+def with_path(role: str, path: object) -> str:
+    """A checkpoint in a message: "expert movie runs/7", and "expert movie" if that is its path."""
+    return role if role == f"expert {path}" else f"{role} {path}"

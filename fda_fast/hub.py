@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fda_fast.errors import InputError
+from fda_fast.errors import InputError, with_path
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -184,14 +184,14 @@ def find(reference: str, what: str) -> Path | HubModel | None:
     if found is None:
         return cached if whole else None
     if not weights_of(found.files):
-        raise InputError(f"{what} {reference}", expected="weights on the Hub", got="none")
+        raise InputError(f"{with_path(what, reference)}", expected="weights on the Hub", got="none")
     there = cached_snapshot(f"{found.name}@{found.commit}")
     missing = missing_bytes(found)
     cache_folder = Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(_existing(cache_folder)).free
     if missing > free:
         raise InputError(
-            f"{what} {reference} does not fit the disk of the Hub's cache {cache_folder}",
+            f"{with_path(what, reference)} does not fit the disk of the Hub's cache {cache_folder}",
             expected=f"{missing / 1e9:.2f} GB free",
             got=f"{free / 1e9:.2f} GB",
             fix="Free some, or set HF_HUB_CACHE to another disk.",

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fda_fast import hub
-from fda_fast.errors import InputError
+from fda_fast.errors import InputError, with_path
 
 
 def absolute(reference: str, folder: Path) -> str:
@@ -84,16 +84,16 @@ def locate(reference: str, what: str) -> Path:
     plain, at, _ = reference.partition("@")
     if at and os.path.lexists(Path(plain).expanduser()):
         raise InputError(
-            f"{what} {reference}: a revision of a local folder",
+            f"{with_path(what, reference)}: a revision of a local folder",
             fix="Only models of the Hub have revisions: leave out what follows the @.",
         )
     if not hub.is_hub_id(reference):
-        raise InputError(f"{what} {reference}: no such file or folder")
+        raise InputError(f"{with_path(what, reference)}: no such file or folder")
     found = hub.fetch(reference, what)
     if found is None:
         raise InputError(
-            f"{what} {reference}: no such file or folder, not in the Hub's cache, and the Hub "
-            "cannot be reached",
+            f"{with_path(what, reference)}: no such file or folder, not in the Hub's cache, and "
+            "the Hub cannot be reached",
             fix="Check the path, or the connection and HF_HUB_OFFLINE.",
         )
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,19 @@ def test_a_bad_expert_is_named_and_nothing_is_written(tiny, tmp_path: Path, dama
     else:
         assert tree(tmp_path) == before
     assert not (tmp_path / "executed").exists()
+
+
+def test_an_expert_called_as_its_path_is_named_once(tiny, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path, said in (
+        ("nothere", "expert nothere: no such file or folder"),
+        ("empty", "the expert empty holds no weights"),
+        ("./empty", "the expert empty holds no weights"),
+        (tmp_path / "empty", f"the expert empty {tmp_path / 'empty'} holds no weights"),
+    ):
+        with pytest.raises(InputError, match=f"^{re.escape(said)}"):
+            small_merge(tiny, tmp_path / "out", experts=[path])
 
 
 def test_inf_outside_the_layers(tiny, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from fda_fast.checkpoints.layout import ModelLayout
 from fda_fast.checkpoints.reader import Checkpoint, some
-from fda_fast.errors import InputError
+from fda_fast.errors import InputError, with_path
 
 # Options that change what an adapter computes beyond scaling * B A.
 _REFUSED = (
@@ -224,7 +224,7 @@ def _check_config(expert: Checkpoint, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise InputError(
-            f"adapter kind (peft_type) of the {expert.role} {expert.path}",
+            f"adapter kind (peft_type) of the {with_path(expert.role, expert.path)}",
             expected="LORA",
             got=repr(kind),
             fix="Merge it into its model with peft first and give the result as the expert",

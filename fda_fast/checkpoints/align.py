@@ -11,7 +11,7 @@ import torch
 from fda_fast.checkpoints import adapters
 from fda_fast.checkpoints.layout import ModelLayout
 from fda_fast.checkpoints.reader import Checkpoint, some
-from fda_fast.errors import InputError
+from fda_fast.errors import InputError, with_path
 
 Vocabulary = Literal["base", "refuse"]
 
@@ -266,8 +266,8 @@ def _compare_configs(base: Checkpoint, expert: Checkpoint) -> list[str]:
         for key in _STRUCTURE:
             if key in ours and key in theirs and ours[key] != theirs[key]:
                 raise InputError(
-                    f"the {expert.role} {expert.path} is of another architecture than the "
-                    f"{base.role}: {key}{where} in config.json",
+                    f"the {with_path(expert.role, expert.path)} is of another architecture than "
+                    f"the {base.role}: {key}{where} in config.json",
                     expected=ours[key],
                     got=theirs[key],
                     fix="Only fine-tunes of one base model can be merged",
@@ -311,7 +311,7 @@ def _vocabulary_note(
 def _shape_mismatch(base: Checkpoint, expert: Checkpoint, name: str, theirs: str) -> InputError:
     called = "" if name == theirs else f" ({theirs!r} there)"
     return InputError(
-        f"tensor {name!r} of the {expert.role} {expert.path}{called} has another shape",
+        f"tensor {name!r} of the {with_path(expert.role, expert.path)}{called} has another shape",
         expected=f"{list(base.names[name].shape)} as in the {base.role}",
         got=list(expert.names[theirs].shape),
         fix="Only fine-tunes of one base model can be merged",
@@ -323,7 +323,8 @@ def _check_lacking(expert: Checkpoint, layout: ModelLayout, lacking: list[str]) 
     missing = [name for name in lacking if name in inside]
     if missing:
         raise InputError(
-            f"the {expert.role} {expert.path} lacks {_count(missing)} of the layers to merge",
+            f"the {with_path(expert.role, expert.path)} lacks {_count(missing)} of the layers to "
+            "merge",
             expected=some(missing),
             got=f"names such as {some(list(expert.names)[:2])}",
             fix="It must be a complete fine-tune of the base model, or a PEFT adapter",

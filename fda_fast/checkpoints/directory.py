@@ -10,7 +10,7 @@ from typing import Any
 
 from fda_fast.checkpoints.headers import parse_json
 from fda_fast.checkpoints.tensorfile import TensorFile
-from fda_fast.errors import InputError
+from fda_fast.errors import InputError, with_path
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -65,7 +65,7 @@ def find(path: Path, role: str) -> Contents:
     if adapter is not None:
         if found:
             raise InputError(
-                f"the {role} {path} is both a model and an adapter",
+                f"the {with_path(role, path)} is both a model and an adapter",
                 got=f"{ADAPTER_CONFIG} and {found[0]}",
                 fix="Keep one of the two in a directory of its own",
             )
@@ -86,7 +86,7 @@ def find(path: Path, role: str) -> Contents:
     if _present(path / SPLIT_INDEX, role):
         return _split(path, config, role)
     raise InputError(
-        f"the {role} {path} holds no weights",
+        f"the {with_path(role, path)} holds no weights",
         expected=_CONTENTS,
         got=_listing(path),
         fix=_hint(path),
@@ -99,7 +99,7 @@ def _kind(path: Path, role: str) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(
-            f"the {role} {path}",
+            f"the {with_path(role, path)}",
             expected=_CONTENTS,
             got=reason,
             fix="A model hub name is not looked up: download it first and give its directory"
@@ -129,11 +129,11 @@ def inside(directory: Path, name: Any, role: str) -> Path:
     """
     if not isinstance(name, str) or not name or not name.isprintable():
         raise InputError(
-            f"index of the {role} {directory}", expected="file names", got=repr(name)[:80]
+            f"index of the {with_path(role, directory)}", expected="file names", got=repr(name)[:80]
         )
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise InputError(
-            f"index of the {role} {directory} points outside the directory",
+            f"index of the {with_path(role, directory)} points outside the directory",
             got=name,
             fix="An index may only name files beside it",
         )
@@ -185,8 +185,8 @@ def read_index(
             shards[shard] = inside(directory, shard, role)
     if missing:
         raise InputError(
-            f"the {role} {directory} lacks {len(missing)} of {len(missing) + len(shards)} files "
-            f"that {name} names",
+            f"the {with_path(role, directory)} lacks {len(missing)} of "
+            f"{len(missing) + len(shards)} files that {name} names",
             got="no " + ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else ""),
             fix="Finish the download, or copy the missing files here",
         )
@@ -227,7 +227,7 @@ def read_config(directory: Path, role: str) -> dict[str, Any] | None:
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise InputError(
-            f"the {role} {directory} is quantised",
+            f"the {with_path(role, directory)} is quantised",
             expected="unquantised weights",
             got=f"quantization method {method!r} in config.json",
             fix="Use the checkpoint this one was quantised from",

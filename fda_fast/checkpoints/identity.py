@@ -10,7 +10,7 @@ from fda_fast.checkpoints.align import ExpertView, zero_task_vectors
 from fda_fast.checkpoints.layout import ModelLayout
 from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.checkpoints.tensorfile import TensorFile
-from fda_fast.errors import InputError
+from fda_fast.errors import InputError, with_path
 
 # Tensors compared whole before giving up hope and comparing all of them.
 _FIRST = 4
@@ -47,7 +47,8 @@ def check_differs(view: ExpertView, layout: ModelLayout) -> None:
             if _differ(view, group):
                 return
     raise InputError(
-        f"the {view.role} {view.expert.path} is identical to the {view.base.role} in every layer",
+        f"the {with_path(view.role, view.expert.path)} is identical to the {view.base.role} in "
+        "every layer",
         expected="a fine-tuned model",
         got="the same weights" + (" beside its own head" if view.ignored else ""),
         fix="Check its path: there is nothing to merge from it",

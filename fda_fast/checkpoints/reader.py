@@ -15,7 +15,7 @@ from fda_fast.checkpoints.headers import read_header
 from fda_fast.checkpoints.pickles import Record
 from fda_fast.checkpoints.pickles.config import config_of
 from fda_fast.checkpoints.tensorfile import TensorFile, TensorInfo
-from fda_fast.errors import InputError
+from fda_fast.errors import InputError, with_path
 
 # How many names a message or a note lists before it says how many more there are.
 SHOWN = 5
@@ -74,7 +74,9 @@ class Checkpoint:
         if self.config is None and len(self.modules) == 1:
             self.config = config_of(next(iter(self.modules.values())))
         if not names:
-            raise InputError(f"the {role} {path} is empty", expected="tensors", got="none")
+            raise InputError(
+                f"the {with_path(role, path)} is empty", expected="tensors", got="none"
+            )
         self.names: Mapping[str, TensorInfo] = MappingProxyType(names)
         self.aliases = self._find_aliases()
 
@@ -119,7 +121,7 @@ class Checkpoint:
             if name in found:
                 continue
             if name not in self.names:
-                raise InputError(f"the {self.role} {self.path} has no tensor {name!r}")
+                raise InputError(f"the {with_path(self.role, self.path)} has no tensor {name!r}")
             by_file[self.names[name].file].append(name)
         for path, group in by_file.items():
             group.sort(key=lambda name: self.names[name].offset)
@@ -160,7 +162,7 @@ class Checkpoint:
         for name, file in weight_map.items():
             if name not in names or names[name].file != file:
                 raise InputError(
-                    f"the index of the {self.role} {self.path} does not fit its shards",
+                    f"the index of the {with_path(self.role, self.path)} does not fit its shards",
                     expected=f"tensor {name!r:.200} in {file.name}",
                     got=f"it in {names[name].file.name}" if name in names else "no such tensor",
                     fix="Index and shards are of different saves: download or save both again",

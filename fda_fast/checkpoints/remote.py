@@ -13,7 +13,7 @@ from fda_fast.checkpoints import directory
 from fda_fast.checkpoints.headers import read_header
 from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.checkpoints.tensorfile import TensorFile, TensorInfo
-from fda_fast.errors import InputError
+from fda_fast.errors import InputError, with_path
 
 # Fetched at once; longer headers, of shards with thousands of tensors, take a second request.
 _FIRST = 128 << 10
@@ -60,7 +60,9 @@ class RemoteCheckpoint(Checkpoint):
         Raises:
             InputError: always.
         """
-        raise InputError(f"the weights of the {self.role} {self.path} were not downloaded")
+        raise InputError(
+            f"the weights of the {with_path(self.role, self.path)} were not downloaded"
+        )
 
     def _open_file(self, path: Path) -> dict[str, TensorInfo]:
         return read_header(self._remote[path])
