@@ -11,6 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fda_fast.times import TIMES
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its path in it, but how long a merge took."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TIMES)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
 
 @dataclass(frozen=True)
 class TinyModels:

@@ -16,6 +16,8 @@ import pytest
 from fda_fast import merge
 from fda_fast.errors import InputError
 
+from .conftest import contents
+
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
     pytest.mark.slow,  # a cluster is started for each
@@ -80,15 +82,6 @@ def drive(tiny, out: Path, *, kill: str = "", stop: bool = False, **settings: An
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"},
         timeout=300,
     )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in files
-        if path.name != "fda_times.json"
-    }
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,10 @@ from fda_fast import merge as merge_function
 from fda_fast.config import load
 from fda_fast.errors import InputError
 from fda_fast.merge import run
-from fda_fast.times import TIMES, Times
+from fda_fast.times import Times
 from fda_fast.work import WorkDirectory
+
+from .conftest import contents
 
 SCRIPT = Path(__file__).with_name("kill_resume.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -46,11 +48,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TIMES)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def small_merge(tiny, output: Path, **keywords: Any) -> Any:

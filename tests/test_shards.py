@@ -17,8 +17,9 @@ import torch
 from fda_fast import merge
 from fda_fast.errors import InputError
 from fda_fast.resources import Resources, Shard
-from fda_fast.times import TIMES
 from fda_fast.work import WorkDirectory, write_atomically
+
+from .conftest import contents
 
 SMALL: dict[str, Any] = {"anchors": 6, "tokens": 3, "steps": 8, "epochs": 5, "device": "cpu"}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -36,11 +37,6 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def small_merge(tiny, output: Path, **keywords: Any) -> Any:
     return merge(tiny.base, tiny.experts[:2], output, progress=False, **{**SMALL, **keywords})
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != TIMES)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")

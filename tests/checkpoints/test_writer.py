@@ -23,6 +23,7 @@ from fda_fast.checkpoints.reader import Checkpoint
 from fda_fast.checkpoints.writer import MergedWriter, parse_size, shard_names
 from fda_fast.errors import InputError
 
+from ..conftest import contents
 from .conftest import finetune, rewrite, tensors_of
 
 Family = Callable[[str], Path]
@@ -40,10 +41,6 @@ def write(layout: ModelLayout, output: Path, backwards: bool = False, **options:
         for name in reversed(target.names) if backwards else target.names:
             target.add(name, merged[name])
         return target.finish(card="# card\n", config_yaml="merge_method: fda\n")
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
