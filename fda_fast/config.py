@@ -244,13 +244,18 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> MergeC
 
     Raises:
         InputError: unreadable file, YAML syntax, unknown or refused key, value of the wrong
-            kind; with the file, the line and the nearest known spelling.
+            kind; with the file and the line, or the command line, and the nearest known spelling.
     """
     path = Path(path)
     data, lines = read_yaml(path)
     if overrides:
-        parameters = data.get("parameters")
-        data["parameters"] = {**(parameters or {}), **overrides}
+        try:
+            Parameters.model_validate(overrides)
+        except ValidationError as error:
+            raise _as_input_error(error, "command line", {}, under="parameters") from None
+        parameters = data.get("parameters") or {}
+        if isinstance(parameters, Mapping):  # what else it may be, parse refuses
+            data["parameters"] = {**parameters, **overrides}
     return parse(data, folder=path.parent, where=str(path), lines=lines)
 
 
@@ -296,13 +301,16 @@ def parse(
 
 
 def _as_input_error(
-    error: ValidationError, where: str, lines: Mapping[tuple[str | int, ...], int]
+    error: ValidationError,
+    where: str,
+    lines: Mapping[tuple[str | int, ...], int],
+    under: str | None = None,
 ) -> InputError:
     problems = error.errors(include_url=False)
     # An unknown key explains a missing one ('base-model'), so it goes first.
     problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    at = tuple(first["loc"])
+    at = tuple(first["loc"]) if under is None else (under, *first["loc"])
     line = lines.get(at) or lines.get(at[:-1])
     place = f"{where}, line {line}" if line else where
     key = ".".join(map(str, at)) or "the file"

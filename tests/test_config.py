@@ -168,6 +168,24 @@ def test_nearest_ignores_case_and_dashes() -> None:
     assert nearest("zzz", ["task_arithmetic", "tsv"]) is None
 
 
+def test_values_of_the_command_line_are_not_blamed_on_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "merge.yaml"
+    start = "merge_method: fda\nbase_model: a\nmodels: [{model: b}]\nparameters:"
+    path.write_text(f"{start} {{steps: 3}}\n")
+    for given, said in (
+        ({"steps": 0}, "parameters.steps: expected greater than or equal to 1, got 0"),
+        ({"start": "wodi"}, "parameters.start: expected .* Did you mean 'wudi'?"),
+        ({"stpes": 3}, "parameters.stpes: unknown key. Did you mean 'steps'?"),
+        ({"lr": [1, 2]}, "parameters.lr: expected one value for the whole model"),
+    ):
+        with pytest.raises(InputError, match=f"^command line: {said}"):
+            load(path, given)
+    assert load(path, {"lr": 0.1}).parameters.steps == 3
+    path.write_text(f"{start} [steps]\n")
+    with pytest.raises(InputError, match=r"line 4: parameters: expected .*, got \['steps'\]"):
+        load(path, {"steps": 3})
+
+
 def test_entries_of_models_are_explained(tmp_path: Path) -> None:
     for models, said in (
         ("[]", r"models: expected at least one entry `model: PATH`, got \[\]"),
