@@ -244,7 +244,9 @@ def plan(
     output: Annotated[
         Path | None, typer.Argument(help="Output folder, to check it and its disk too.")
     ] = None,
-    experts: Annotated[int, typer.Option(help="Experts, with a model's config.json.")] = 2,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts, with a model's config.json.", show_default="2")
+    ] = None,
     steps: Steps = None,
     epochs: Epochs = None,
     start: StartPoint = None,

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from fda_fast.checkpoints.align import ExpertView, match_expert
+from fda_fast.checkpoints.described import DescribedCheckpoint
 from fda_fast.checkpoints.layout import LayerSpec, ModelLayout
 from fda_fast.checkpoints.openclip import published_preset
 from fda_fast.checkpoints.reader import Checkpoint
@@ -266,6 +267,8 @@ def _twice(experts: Mapping[str, ExpertView]) -> list[str]:
     first: dict[Path, str] = {}
     notes = []
     for name, view in experts.items():
+        if isinstance(view.expert, DescribedCheckpoint):
+            continue  # they share one config.json and stand for models that will differ
         path = view.expert.path
         before = first.setdefault(path.resolve(), name) if path.exists() else name
         if before != name:

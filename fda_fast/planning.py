@@ -128,6 +128,7 @@ def plan_config(
     parameters: Mapping[str, Any],
     *,
     experts: int = 2,
+    output: Path | None = None,
     resources: Resources | None = None,
     dtype: str | None = None,
     speed: Speed | None = None,
@@ -138,18 +139,25 @@ def plan_config(
         path: the config, or a folder with one.
         parameters: as in a configuration.
         experts: how many fine-tunes of it.
+        output: the folder to write, as in ``plan_merge``.
         resources: device and limits.
         dtype: of the written model; default: the config's.
         speed: of an earlier calibration; None measures it.
 
     Raises:
-        InputError: a config of no known model; limits that cannot be kept.
+        InputError: a config of no known model; an output or limits that cannot be.
     """
+    from fda_fast.checkpoints.outputs import check_output
+
+    if output is not None:
+        check_output(Path(output).absolute())
     job = describe(path, parameters, experts=experts, device=(resources or Resources()).device,
                    dtype=dtype)  # fmt: skip
+    if output is not None:
+        check_room(job, Path(output).absolute(), "merge")
     where = resources or Resources()
     limits = choose_limits(job, where.max_memory, where.max_gpu_memory)
-    return plan_job(job, limits, 0.0, speed or _calibrated(job, limits, None))
+    return plan_job(job, limits, 0.0, speed or _calibrated(job, limits, output))
 
 
 def describe(
@@ -208,13 +216,26 @@ def plan_path(
     output: Path | None,
     parameters: Mapping[str, Any],
     *,
-    experts: int = 2,
+    experts: int | None = None,
     resources: Resources | None = None,
 ) -> Plan:
-    """``plan_config`` of a model's config, ``plan_merge`` of a merge's configuration."""
+    """``plan_config`` of a model's config, ``plan_merge`` of a merge's configuration.
+
+    Raises:
+        InputError: as these; a number of experts beside a configuration, which names them.
+    """
     if is_model_config(path):
-        return plan_config(path, parameters, experts=experts, resources=resources)
-    return plan_merge(load(path, parameters), output, resources)
+        count = 2 if experts is None else experts
+        return plan_config(path, parameters, experts=count, output=output, resources=resources)
+    config = load(path, parameters)
+    if experts is not None:
+        raise InputError(
+            "--experts",
+            expected="a model's config.json, or its folder, with it",
+            got=str(path),
+            fix="A merge's configuration names its experts.",
+        )
+    return plan_merge(config, output, resources)
 
 
 def plan_job(job: Job, limits: Limits, opening: float, speed: Speed) -> Plan:

@@ -33,7 +33,14 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], i
         ) from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", fix="Give the YAML configuration.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise InputError(
+            str(path),
+            expected="a YAML configuration",
+            got="a file that is no text",
+            fix="`fda-fast inspect` looks into models.",
+        ) from None
+    except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)

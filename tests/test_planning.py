@@ -15,7 +15,15 @@ from fda_fast.calibrate import Speed, calibrate
 from fda_fast.checkpoints.tensorfile import TensorFile
 from fda_fast.config import load
 from fda_fast.errors import InputError
-from fda_fast.planning import Plan, describe, is_model_config, plan_config, plan_job, plan_merge
+from fda_fast.planning import (
+    Plan,
+    describe,
+    is_model_config,
+    plan_config,
+    plan_job,
+    plan_merge,
+    plan_path,
+)
 from fda_fast.reporting import console, plan_view
 from fda_fast.resources import Resources
 
@@ -152,8 +160,8 @@ def test_only_rates_that_nobody_measured_are_called_assumed(tiny, tmp_path: Path
     assert re.search(r"at [\d.e+]+ GB/s from the disk and an assumed 0.5 GB/s to it", said[None])
     assert "GB/s from the disk" in said[tmp_path / "out"]
     assert "assumed" not in said[tmp_path / "out"]
-    said_of_none = view(plan_config(write(tmp_path), {}, resources=CPU))
-    assert "at an assumed 1 GB/s from the disk and an assumed 0.5 GB/s to it" in said_of_none
+    said_of_both = view(plan_config(write(tmp_path), {}, resources=CPU))
+    assert "at an assumed 1 GB/s from the disk and an assumed 0.5 GB/s to it" in said_of_both
 
 
 def write(folder: Path, **changes: object) -> Path:
@@ -173,6 +181,28 @@ def test_a_config_alone(tmp_path: Path) -> None:
     assert made.read_bytes == 3 * 2 * parameters
     wider = plan_config(path, {}, experts=5, dtype="float32", resources=CPU, speed=SPEED)
     assert wider.written_bytes == 4 * parameters and len(wider.job.experts) == 5
+    assert not any("counts twice" in note for note in wider.job.notes)  # they will differ
+
+
+def test_the_output_of_a_config_alone_is_checked_and_timed(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    path = write(tmp_path / "model")
+    with pytest.raises(InputError, match="Nothing is ever overwritten"):
+        plan_path(path, tmp_path / "full", {}, resources=CPU)
+    with pytest.raises(InputError, match="writable directory"):
+        plan_path(path, path / "out", {}, resources=CPU)
+    made = plan_path(path, tmp_path / "out", {"anchors": 8}, resources=CPU)
+    assert made.speed.assumed_read and not made.speed.assumed_write
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_experts_is_for_a_config_alone(tiny, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--experts.*A merge's configuration names its experts"):
+        plan_path(tiny.config(tmp_path), None, {}, experts=2, resources=CPU)
+    with pytest.raises(InputError, match="no such file"):
+        plan_path(tmp_path / "nowhere.yaml", None, {}, experts=2, resources=CPU)
 
 
 def test_families_at_full_size(tmp_path: Path) -> None:
