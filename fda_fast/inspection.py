@@ -15,7 +15,7 @@ from rich.text import Text
 from fda_fast import reporting
 from fda_fast.anchors import Anchors
 from fda_fast.checkpoints.layout import ModelLayout
-from fda_fast.checkpoints.reader import Checkpoint
+from fda_fast.checkpoints.reader import Checkpoint, some
 from fda_fast.errors import InputError
 from fda_fast.layerwork import TaskResult
 from fda_fast.work import SUFFIX
@@ -49,10 +49,8 @@ def _describe(path: Path) -> Iterator[Table | Text]:
     elif several := _snapshots(path):
         for model in several:
             yield from _checkpoint(model)
-    elif (
-        path.is_dir() and any(path.glob("*/*.safetensors")) and not (path / "config.json").exists()
-    ):
-        yield from _anchors_folder(path)
+    elif path.is_dir() and not _is_model(path) and (files := _anchors_files(path)):
+        yield from _anchors_table(files)
     elif path.is_file() and path.suffix == ".safetensors" and _is_anchors(path):
         yield from _anchors_file(path)
     else:
@@ -86,6 +84,27 @@ def _snapshots(path: Path) -> list[Path]:
     """The models in the output of a merge with several numbers of epochs, by those numbers."""
     found = [p for p in path.glob("epochs-*") if (p / "config.json").exists()]
     return sorted(found, key=lambda p: (len(p.name), p.name))
+
+
+def _is_model(path: Path) -> bool:
+    return any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+
+
+def _anchors_files(path: Path) -> list[Path]:
+    """The files of a folder of anchors, or of one expert's part of such a folder.
+
+    Raises:
+        InputError: a folder of models.
+    """
+    models = [str(folder) for folder in sorted(path.iterdir()) if _is_model(folder)]
+    if models:
+        raise InputError(
+            f"{path} holds folders of models", fix=f"Give one of them: {some(models)}."
+        )
+    if files := sorted(path.glob("*/*.safetensors")):
+        return files
+    own = sorted(path.glob("*.safetensors"))
+    return own if own and _is_anchors(own[0]) else []
 
 
 def _plain(*headings: str, right: int = 1) -> Table:
@@ -164,9 +183,9 @@ def _anchors_file(path: Path) -> Iterator[Table | Text]:
     yield table
 
 
-def _anchors_folder(path: Path) -> Iterator[Table | Text]:
+def _anchors_table(files: list[Path]) -> Iterator[Table | Text]:
     table = _plain("expert", "layer", "anchors", "alignment loss", "mean cosine", right=2)
-    for file in sorted(path.glob("*/*.safetensors")):
+    for file in files:
         anchors = Anchors.load(file)
         result = TaskResult(anchors.loss, anchors.cosines)
         table.add_row(

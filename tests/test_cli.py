@@ -148,11 +148,16 @@ def test_inspect(tiny, tmp_path: Path, monkeypatch) -> None:
     assert "39 tensors (39 float32)" in stdout and "encoder.layer.1" in stdout
     _, stdout, _ = invoke("inspect", tmp_path / "out" / "anchors")
     assert stdout.count("[6, 3, 32]") == 6
+    _, stdout, _ = invoke("inspect", tmp_path / "out" / "anchors" / "movie")
+    assert stdout.count("[6, 3, 32]") == 2 and stdout.count("movie") == 2
     file = tmp_path / "out" / "anchors" / "movie" / "encoder.layer.0.safetensors"
     _, stdout, _ = invoke("inspect", file)
     assert "expert movie" in stdout and "attention.self.query.weight" in stdout
     _, stdout, _ = invoke("inspect", tiny.folder / "lora")
     assert "PEFT adapter" in stdout and "lora_A" in stdout
+    code, _, stderr = invoke("inspect", tiny.folder)
+    assert code == 2 and "holds folders of models. Give one of them: " in stderr
+    assert all(str(folder) in stderr for folder in (tiny.base, *tiny.experts))
     code, _, stderr = invoke("inspect", tmp_path / "nowhere")
     assert code == 2 and "no such file or folder" in stderr
 

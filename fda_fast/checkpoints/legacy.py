@@ -94,6 +94,8 @@ def file_kind(path: Path, first: bytes) -> str:
     ):
         if first.startswith(magic):
             return kind
+    if not first:
+        return "an empty file"
     # A pickle that torch.save did not write still starts with its protocol.
     if path.suffix in _PICKLES and first[:1] == b"\x80":
         return "pickle"

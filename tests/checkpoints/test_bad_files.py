@@ -181,6 +181,7 @@ def test_truncated_pickle(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"<!DOCTYPE html><html>Not found", "web page"),
         (b"merge_method: fda\n", "a text file"),
+        (b"", "got an empty file"),
         ("größe: ".encode() * 9 + b"\n", "a text file"),
     ],
 )
