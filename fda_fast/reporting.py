@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from fda_fast.planning import Plan, PlanRow
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to ``exits.guarded``: rich would end the program as if something had failed."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard output; in a pipe or a file wide enough that nothing is cut."""
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    return _Output(width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
 def size(count: int) -> str:

@@ -56,6 +56,19 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reader_who_has_seen_enough_is_no_failure(tiny, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fda_fast", "inspect", str(tiny.folder / "lora")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, b"")
+    process.stderr.close()
+
+
 def test_a_terminal_sees_bars(tiny, tmp_path: Path) -> None:
     config = tiny.config(tmp_path, steps=150)
     main, worker = pty.openpty()
