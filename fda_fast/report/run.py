@@ -58,6 +58,10 @@ class Run:
         """
         path = Path(os.path.abspath(Path(folder).expanduser()))
         file = path / "fda_report.json"
+        if not path.exists():
+            raise InputError(
+                f"{path}: no such folder", fix="Give a folder that `fda-fast merge` wrote."
+            )
         if not file.is_file():
             found = sorted(p.parent.name for p in path.glob("*/fda_report.json"))
             raise InputError(

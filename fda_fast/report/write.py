@@ -62,6 +62,11 @@ def write_report(
     target = Path(os.path.abspath(target.expanduser()))
     if not target.parent.is_dir():
         raise InputError(f"output {target}", expected="a folder that exists")
+    if target.is_dir():
+        raise InputError(
+            f"output {target}", expected="a file for the page", got="a folder",
+            fix=f"Give a file in it, such as {target / 'report.html'}.",
+        )  # fmt: skip
     analyses = _analyses(opened, pretrained, experts, texts, activations, layers, device, say)
     write_atomically(target, page(opened, analyses).encode())
     return target

@@ -193,6 +193,8 @@ def test_refusals(tiny, run: Path, texts: Path, tmp_path: Path) -> None:
         InputError, match="texts asks for need the checkpoints: --pretrained is missing"
     ):
         write_report(run, tmp_path / "page.html", texts=texts)
+    with pytest.raises(InputError, match=r"expected a file for the page, got a folder.*\.html"):
+        write_report(run, tmp_path)
     with pytest.raises(InputError, match="layer '7'"):
         write_report(run, tmp_path / "p.html", pretrained=tiny.base, experts=experts, layers="0,7")
     with pytest.raises(InputError, match="texts of sport"):

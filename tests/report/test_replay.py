@@ -122,6 +122,8 @@ def test_the_record_holds_the_curves(run: Path) -> None:
 
 
 def test_refusals(tiny, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        Run.open(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"no fda_report\.json"):
         Run.open(tmp_path)
     (tmp_path / "fda_report.json").write_text("{")
