@@ -388,6 +388,11 @@ def test_names_that_the_scripts_refuse(line: str) -> None:
 
 
 def test_bad_lines_end_with_a_sentence(tmp_path: Path, capsys) -> None:
+    for line, code in (([], 2), (["vision"], 2), (["--help"], 0), (["vision", "-h"], 0)):
+        assert main(line) == code
+        said = capsys.readouterr()
+        assert (said.out if code == 0 else said.err).startswith("usage: fda-fast official")
+        assert not (said.err if code == 0 else said.out)
     assert main(["vision", "merge"]) == 2
     assert "construct | adapt" in capsys.readouterr().err
     assert main(["vision", "construct", "--model_location", str(tmp_path)]) == 2

@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         OSError, RuntimeError: as ``constructing.run`` and ``adapting.run``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in arguments[:2]) or len(arguments) < 2:
-        print(_USAGE)
-        return 0 if arguments else 2
+    asked = any(word in ("-h", "--help") for word in arguments[:2])
+    if asked or len(arguments) < 2:
+        print(_USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     modality, command, *rest = arguments
     try:
         if modality not in MODALITIES or command not in COMMANDS:
