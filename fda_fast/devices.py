@@ -61,7 +61,7 @@ def share(
             }
             workers.append(_start(order))
         _wait(workers, devices)
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, RuntimeError) as error:
         note_kept(error, WorkDirectory(target), restart=restart)
         raise
     finally:
@@ -109,7 +109,7 @@ def _fail(worker: subprocess.Popen[bytes], device: str, code: int) -> None:
         raise OSError(number, message)
     if kind == "InputError":
         raise InputError(message)
-    raise RuntimeError(f"the process of {device}: {message}. Finished work is kept.")
+    raise RuntimeError(f"the process of {device}: {message}.")
 
 
 def work_on(order: dict[str, Any]) -> None:

@@ -122,7 +122,8 @@ def process_layers(
         raise (cause if isinstance(cause, Exception) else error) from None
     except ray.exceptions.RayError as error:
         reason = str(error).strip().split("\n")[0]
-        raise RuntimeError(f"Ray gave up: {reason} Finished work is kept.") from error
+        kept = " Finished work is kept." if work.has_finished() else ""
+        raise RuntimeError(f"Ray gave up: {reason}{kept}") from error
     finally:
         for reference in running:  # a cluster that was there before may outlive this merge
             ray.cancel(reference, force=True)

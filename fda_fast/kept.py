@@ -42,12 +42,12 @@ def explained(work: WorkDirectory, *, restart: bool = False) -> Iterator[None]:
         raise
 
 
-def note_kept(error: KeyboardInterrupt, work: WorkDirectory, *, restart: bool) -> None:
-    """Let an interruption say where finished work is, if there is any.
+def note_kept(error: BaseException, work: WorkDirectory, *, restart: bool) -> None:
+    """Let the error that ends a merge say where finished work is, if there is any.
 
     Args:
         error: gets the note.
-        work: of the merge that was interrupted.
+        work: of the merge.
         restart: as the merge was told; told again, it would throw the work away.
     """
     if work.has_finished():

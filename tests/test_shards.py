@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,28 @@ def test_an_error_of_one_device_is_the_merges(tiny, tmp_path: Path) -> None:
         small_merge(tiny, tmp_path / "out", device="cpu,cpu", adapt_lr=1e30)
     with pytest.raises(InputError, match=r"got .tpu."):
         small_merge(tiny, tmp_path / "out", device="cpu,tpu")
+
+
+@pytest.mark.parametrize("pattern", ["layers", "anchors/*/*.safetensors"])
+def test_ctrl_c_on_two_devices_says_what_is_kept(tiny, tmp_path: Path, pattern: str) -> None:
+    config = tiny.config(tmp_path, steps=300 if "*" in pattern else 100_000)
+    command = [sys.executable, "-m", "fda_fast", "merge", str(config), str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, "--device", "cpu,cpu", "-q"],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # A job in the background of a script has Ctrl-C ignored, and so have its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    work = tmp_path / "out.fda-work"
+    while process.poll() is None and not any(work.glob(pattern)):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    kept = f" Finished work is kept in {work}; the same command goes on from there."
+    assert error.decode() == f"error: Interrupted.{kept if '*' in pattern else ''}\n"
 
 
 def test_workers_end_with_their_parent(tiny, tmp_path: Path) -> None:

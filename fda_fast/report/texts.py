@@ -29,7 +29,8 @@ def read_texts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"texts {path}", expected="a UTF-8 text file", got=str(error)) from None
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"texts {path}", expected="a UTF-8 text file", got=reason) from None
     found = [line.strip() for line in lines if line.strip()]
     if not found:
         raise InputError(f"texts {path}", expected="one text a line", got="no text")
