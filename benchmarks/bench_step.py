@@ -152,6 +152,8 @@ def peak(case: Case, variant: tuple[str, str, str], share: float) -> int:
 
 def run(case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The CPU's rows of one case; the card's are in card.py."""
+    # The compiled peers of all cases are one function, compiled eight times at most.
+    torch._dynamo.reset()
     device, share = options.device, options.ratio
     gold = oracle(case, share, device)
     anchors = make(case, share, device)[2]
