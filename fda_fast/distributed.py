@@ -105,10 +105,11 @@ def process_layers(
         Results by index, and 0.0 in the place of seconds waited.
 
     Raises:
-        InputError: ray is not installed; whatever a task finds wrong with the inputs.
+        InputError: whatever a task finds wrong with the inputs.
         RuntimeError: a task whose workers died again and again.
     """
-    ray = _ray()
+    import ray  # an extra, which Resources.of has seen to be there
+
     order = ray_order(job, work, resources, mode, source)
     started = not ray.is_initialized()
     if started:
@@ -148,16 +149,6 @@ def ray_order(
         max_gpu_memory=resources.max_gpu_memory,
         identity=_digest(job),
     )
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise InputError(
-            "ray is not installed", fix="pip install 'fda-fast[ray]', or merge without --ray."
-        ) from None
-    return ray
 
 
 def _drive(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from fda_fast.budget import parse_bytes
 from fda_fast.errors import InputError
@@ -79,7 +80,8 @@ class Resources:
         """From what a user writes.
 
         Raises:
-            InputError: a size or shard that is none; ways of sharing work that exclude each other.
+            InputError: a size or shard that is none; ways of sharing work that exclude each other;
+                Ray where it is not installed.
         """
         wanted = {
             "shard": shard is not None,
@@ -90,6 +92,10 @@ class Resources:
         chosen = [name for name, given in wanted.items() if given]
         if len(chosen) > 1:
             raise InputError(f"{' and '.join(chosen)} cannot be combined", fix="Choose one.")
+        if ray is not None and find_spec("ray") is None:
+            raise InputError(
+                "ray is not installed", fix="pip install 'fda-fast[ray]', or merge without --ray."
+            )
         return cls(
             device,
             parse_bytes(max_memory, "max_memory"),

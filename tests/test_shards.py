@@ -70,6 +70,12 @@ def test_ways_of_sharing_exclude_each_other() -> None:
         Resources.of("cuda:0,cuda:1", assemble=True)
 
 
+def test_ray_is_missed_before_anything_is_read(monkeypatch) -> None:
+    monkeypatch.setattr("fda_fast.resources.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="ray is not installed"):
+        Resources.of("cpu", ray="local")
+
+
 def test_shards_then_assemble_give_the_serial_files(tiny, tmp_path: Path, serial) -> None:
     out = tmp_path / "out"
     with pytest.raises(InputError, match="2 of 2 layers are not finished"):
