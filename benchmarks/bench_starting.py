@@ -1,7 +1,7 @@
 """TSV-M and WUDI against straightforward implementations, equal inputs, side by side.
 
-    python benchmarks/bench_starting.py                    # 8 tasks x [1024, 4096]
-    python benchmarks/bench_starting.py --out 256 --in 512 --wudi-steps 300 --repeats 3
+    python benchmarks/bench_starting.py                # 8 tasks x [1024, 4096] and [4096, 1024]
+    python benchmarks/bench_starting.py --shapes 256x512 --wudi-steps 300 --repeats 3
 
 The straightforward implementations do what the definitions (and the published scripts) say: full
 SVDs; the loss written out, autograd, torch.optim.Adam. WUDI is timed over fewer than its 300 steps
@@ -14,6 +14,7 @@ Errors are relative Frobenius distances to the straightforward implementation in
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -179,8 +180,7 @@ def wudi_fidelity(kind: str, shape: tuple[int, int, int]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--out", type=int, default=1024)
-    parser.add_argument("--in", dest="columns", type=int, default=4096)
+    parser.add_argument("--shapes", nargs="+", default=["1024x4096", "4096x1024"], help="out x in")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--wudi-steps", type=int, default=12, help="steps timed, 4 to 300")
     parser.add_argument("--kinds", nargs="+", default=["full", "lora"])
@@ -192,11 +192,11 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     if options.clock == "cpu" and torch.get_num_threads() > 1:
         parser.error("--clock cpu needs --threads 1: it adds up the seconds of all threads")
-    shape = (options.tasks, options.out, options.columns)
+    shapes = [(options.tasks, *map(int, shape.split("x"))) for shape in options.shapes]
     print(environment())
     warm_up()
     rows = []
-    for kind in options.kinds:
+    for kind, shape in itertools.product(options.kinds, shapes):
         for bench in (bench_tsv, bench_wudi):
             rows.append(bench(kind, shape, options))
             print(rows[-1], flush=True)
