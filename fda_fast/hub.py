@@ -184,7 +184,7 @@ def find(reference: str, what: str) -> Path | HubModel | None:
     if found is None:
         return cached if whole else None
     if not weights_of(found.files):
-        raise InputError(f"{with_path(what, reference)}", expected="weights on the Hub", got="none")
+        raise InputError(with_path(what, reference), expected="weights on the Hub", got="none")
     there = cached_snapshot(f"{found.name}@{found.commit}")
     missing = missing_bytes(found)
     cache_folder = Path(constants.HF_HUB_CACHE)

@@ -134,14 +134,8 @@ class Linear(Node):
         width, inputs = sum(self.widths), self.weights[0].shape[1]
         if len(known) < len(found) or _FACTORED * rank * (width + inputs) > width * inputs:
             return None, None
-        A = _pack([pair[1] for pair in known], 1)
-        B = A.new_zeros((self.tasks, width, rank))
-        row = column = 0
-        for part, _ in known:
-            rows, columns = part.shape[1:]
-            B[:, row : row + rows, column : column + columns] = part
-            row, column = row + rows, column + columns
-        return B, A
+        B = [torch.block_diag(*(left[k] for left, _ in known)) for k in range(self.tasks)]
+        return torch.stack(B), _pack([right for _, right in known], 1)
 
     def _bias_rows(self, read: Callable[[Parameter], Tensor]) -> Tensor | None:
         """The segments' bias tensors side by side, zero where a segment has none."""
@@ -251,15 +245,9 @@ class Linear(Node):
             self._G_c = g.sum(1, keepdim=True)
         return self._shared(self._g_op, self._W) if need_input else None
 
-    def _keep_operand_of_g(self) -> None:
-        """After the dots, in bfloat16: what is formed from g is rounded for a product anyway."""
-        if self.precision.narrow:
-            self._g = None
-
     def _values_of_g(self) -> Tensor:
-        if self._g is not None:
-            return self._g
-        return memory.empty(self._g_op.shape, self._like).copy_(self._g_op)
+        g = self._g_op
+        return memory.empty(g.shape, self._like).copy_(g) if self._g is None else self._g
 
     def _use_gram(self, rows: int) -> bool:
         o, i = self._W.shape
@@ -279,13 +267,12 @@ class Linear(Node):
         count = len(self.weights)
         if total is None:
             along = alignment.Term(self._g, self._xT, None, self.widths, range(count))
-            self._keep_operand_of_g()
-            gram = self._use_gram(self._g_op.shape[1])
+            gram = self._use_gram(self._g.shape[1])
             squares = self._gram_squares() if gram else self._squares(self._direct_G())
         else:
             # Summed over the parts already, so each is its own only summand.
-            one = torch.ones_like(total.along)
-            along = alignment.Term(total.along, one, None, [1] * count, range(count))
+            ones = torch.ones_like(total.along)
+            along = alignment.Term(total.along, ones, None, [1] * count, range(count))
             squares, self._G_c = self._squares(total.G), total.G_c
         return [along, *squares, *self._bias_terms(self._t_c, count)]
 
@@ -328,9 +315,8 @@ class Linear(Node):
             for s, GG in enumerate(others, start=1):
                 first.addcmul_(GG, beta[:, s, None, None])
             self._GG = self.precision.operand(first)
-        row = None
-        if self._present:
-            row = self._bias_tangent(coefficients[:, :, len(self.weights) :], self._t_c)
+        of_biases = coefficients[:, :, len(self.weights) :]
+        row = self._bias_tangent(of_biases, self._t_c) if self._present else None
         self.direction = _Direction(alpha, beta, G, row)
 
     def _bias_tangent(self, coefficients: Tensor, t_c: Tensor) -> Tensor:
@@ -345,7 +331,8 @@ class Linear(Node):
         """See ``Node.tangent``."""
         operand = self.precision.operand
         alpha, beta, G, row = self.direction
-        self._keep_operand_of_g()
+        if self.precision.narrow:
+            self._g = None  # the dots are taken; what else is formed of it is rounded anyway
         zero = torch.zeros_like(alpha)
         out = alignment.mix(alpha, self._xT, zero, self._xT, self.widths, row)
         self._xT = None
@@ -374,9 +361,7 @@ class Linear(Node):
             self._batched(self._g_op, G, S_x)
         else:
             self._batched(self._GG, self._x_op, S_x)
-        g, self._g = self._values_of_g(), None
-        merged = alignment.mix(torch.ones_like(alpha), b, alpha, g, self.widths)
-        del g
+        merged = alignment.mix(torch.ones_like(alpha), b, alpha, self._values_of_g(), self.widths)
         self._back_T(operand(merged), S_x)
         self.release()
         return S_x, self._back_tuned(operand(b)) if need_b else None
@@ -404,8 +389,7 @@ class Linear(Node):
 
 def gram_is_cheaper(rows: int, inputs: int, outputs: int) -> bool:
     """Whether the Gram form of a Linear [outputs, inputs] needs fewer operations for R rows."""
-    direct = 3 * rows * inputs * outputs
-    return 2 * rows * rows * (inputs + outputs) < _GRAM_MARGIN * direct
+    return 2 * rows * rows * (inputs + outputs) < _GRAM_MARGIN * 3 * rows * inputs * outputs
 
 
 def _pack(parts: list[Tensor], dim: int) -> Tensor:

@@ -8,12 +8,14 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.profiler import profile
 
-from fda_fast import layers
+from fda_fast import estimate, layers
 from fda_fast.errors import InputError
 from fda_fast.layers.adaptation import ProgramAdaptation
 from fda_fast.layers.autograd import AutogradAdaptation, AutogradProblem
 from fda_fast.layers.problem import ProgramProblem
+from fda_fast.ops import memory
 
 
 class GatedMLP(nn.Module):
@@ -114,3 +116,24 @@ def test_anchors_of_another_shape_are_refused():
     problem = layers.bind(layer, [tuned(layer)], shape=(4, 8))
     with pytest.raises(InputError, match="anchors"):
         problem.evaluate(torch.randn(2, 4, 8))
+
+
+def test_binding_takes_no_more_copies_of_the_weights_than_a_plan_says(monkeypatch):
+    """The layer's own gradient and the program never lie in memory together."""
+    monkeypatch.setattr(memory, "_SMALLEST", 1 << 60)  # all of torch's allocator, which is watched
+    pretrained = GatedMLP(256, 704)
+    tuned = copy.deepcopy(pretrained)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    bind = lambda: layers.bind(pretrained, [tuned], shape=(4, 256), engine="program")  # noqa: E731
+    bind()
+    with profile(profile_memory=True) as profiler:
+        bind()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    copies = peak / sum(p.nbytes for p in pretrained.parameters())
+    assert 0.9 * copies <= estimate._COPIES_CHECK["mlp"] <= 1.1 * copies
